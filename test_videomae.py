@@ -1,0 +1,373 @@
+"""The proof: the same numbers as the published implementations, masks that keep their promises, errors instead of
+silence, clips whose label is motion only, and a training run from start to end.
+
+    python -m pytest -q
+
+Needs no network and nothing outside this folder. The live comparison with transformers is skipped where transformers
+is not installed (`pip install -e .[test]` installs it).
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_tiny
+import videomae
+from train_tiny import MOTIONS, MotionClips
+from videomae import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
+    VideoMAEModel,
+    convert_state_dict,
+    normalize,
+    patchify,
+    random_mask,
+    split_mask,
+    unpatchify,
+)
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-5  # relative, float32
+
+
+def relative_error(ours, theirs):
+    """|ours - theirs| / |theirs|, over all numbers of a tensor."""
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Same numbers as transformers, live, on random weights
+
+SMALL = dict(image_size=32, patch_size=8, num_frames=8, hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
+             intermediate_size=96, decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+             decoder_intermediate_size=64)
+CONFIGS = {
+    "small": SMALL,
+    "final norm": {**SMALL, "use_mean_pooling": False},
+    "raw pixels": {**SMALL, "norm_pix_loss": False, "layer_norm_eps": 1e-6},
+    "no bias, relu": {**SMALL, "qv_bias": False, "hidden_act": "relu"},
+    "tubelet 4, patch 16": {**SMALL, "tubelet_size": 4, "patch_size": 16, "hidden_act": "gelu_new"},
+    "one channel": {**SMALL, "num_channels": 1, "hidden_act": "selu", "use_mean_pooling": False},
+    "long": {**SMALL, "num_frames": 16, "image_size": 48, "decoder_num_hidden_layers": 1},
+    "ViT-B": dict(use_mean_pooling=False),
+}
+
+
+def their_model(name, kind, **fields):
+    """A transformers model with weights large enough that every part of it matters, and biases that are not 0."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(len(name))
+    transformers.activations.ACT2FN["selu"] = torch.nn.SELU  # documented for VideoMAE, missing there
+    config = transformers.VideoMAEConfig(**{**CONFIGS[name], **fields})
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def check_same(theirs, ours, inputs):
+    """Every output both give, and the gradient of every parameter, agree; -> the largest relative error."""
+    def convert(tensors):
+        tensors = convert_state_dict(tensors)
+        if isinstance(ours, VideoMAEModel):
+            tensors = {name.removeprefix("videomae."): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    ours.load_state_dict(convert(theirs.state_dict()))
+    ours.eval()
+    their_output, our_output = theirs(**inputs), ours(**inputs)
+    names = [name for name in ("loss", "logits", "last_hidden_state") if getattr(our_output, name, None) is not None]
+    errors = {name: relative_error(getattr(our_output, name), their_output[name]) for name in names}
+    for output in (their_output, our_output):
+        (output.loss if "loss" in names else output.last_hidden_state.square().mean()).backward()
+    # Gradients are laid out as weights are, so the weights' conversion serves them too.
+    their_gradients = convert({name: p.grad for name, p in theirs.named_parameters()})
+    our_gradients = {name: p.grad for name, p in ours.named_parameters()}
+    assert their_gradients.keys() == our_gradients.keys()
+    errors |= {name: relative_error(our_gradients[name], g) for name, g in their_gradients.items()}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.1e}"
+    return errors[worst]
+
+
+def clip_and_mask(config, batch_size=2, kind="random", mask_ratio=0.75):
+    torch.manual_seed(1)
+    pixel_values = torch.randn(batch_size, config.num_frames, config.num_channels, *config.image_hw)
+    return pixel_values, random_mask(kind, batch_size, config.grid, mask_ratio)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pretraining_equals_transformers(name):
+    config = VideoMAEConfig(**CONFIGS[name])
+    pixel_values, mask = clip_and_mask(config, batch_size=1 if name == "ViT-B" else 2)
+    error = check_same(their_model(name, "VideoMAEForPreTraining"), VideoMAEForPreTraining(config),
+                       dict(pixel_values=pixel_values, bool_masked_pos=mask))
+    print(f"\npretraining, {name}: largest relative error {error:.1e}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_classifier_equals_transformers(name):
+    config = VideoMAEConfig(**CONFIGS[name], num_labels=5)
+    pixel_values, _ = clip_and_mask(config, batch_size=1 if name == "ViT-B" else 2)
+    labels = torch.arange(len(pixel_values)) + 1
+    theirs = their_model(name, "VideoMAEForVideoClassification", num_labels=5)
+    error = check_same(theirs, VideoMAEForVideoClassification(config), dict(pixel_values=pixel_values, labels=labels))
+    print(f"\nclassifier, {name}: largest relative error {error:.1e}")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "ViT-B"])
+def test_encoder_equals_transformers(name, masked):
+    config = VideoMAEConfig(**CONFIGS[name])
+    pixel_values, mask = clip_and_mask(config)
+    inputs = dict(pixel_values=pixel_values, bool_masked_pos=mask if masked else None)
+    theirs = their_model(name, "VideoMAEModel")
+    error = check_same(theirs, VideoMAEModel(config), inputs)
+    print(f"\nencoder, {name}: largest relative error {error:.1e}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Same numbers as the published code, from files it made (golden/)
+
+
+def test_pretraining_equals_the_authors_code():
+    golden = torch.load(HERE / "golden/mcg_nju_pretrain_tiny.pt", weights_only=True)
+    config = VideoMAEConfig(**golden["config"], use_mean_pooling=False, head_norm_eps=1e-6)
+    model = VideoMAEForPreTraining(config)
+    model.load_state_dict(convert_state_dict(golden["checkpoint"]["model"]))
+    pixel_values, mask = normalize(golden["frames"]), golden["bool_masked_pos"]
+    output = model(pixel_values, mask)
+    model.config.norm_pix_loss = False
+    errors = {
+        "encoder": relative_error(model.videomae(pixel_values, mask).last_hidden_state, golden["encoder_output"]),
+        "logits": relative_error(output.logits, golden["logits"]),
+        "loss": abs(output.loss.item() / golden["loss_normalized"] - 1),
+        "raw loss": abs(model(pixel_values, mask).loss.item() / golden["loss_raw"] - 1),
+    }
+    print(f"\nauthors, pretraining: {errors}")
+    assert max(errors.values()) <= TOLERANCE
+
+
+def test_classifier_equals_the_authors_code():
+    golden = torch.load(HERE / "golden/mcg_nju_finetune_tiny.pt", weights_only=True)
+    model = VideoMAEForVideoClassification(VideoMAEConfig(**golden["config"], head_norm_eps=1e-6))
+    model.load_state_dict(convert_state_dict(golden["checkpoint"]["module"]))
+    pixel_values = normalize(golden["frames"])
+    features = model.fc_norm(model.videomae(pixel_values).last_hidden_state.mean(dim=1))
+    errors = {
+        "features": relative_error(features, golden["pooled_features"]),
+        "logits": relative_error(model(pixel_values).logits, golden["logits"]),
+    }
+    print(f"\nauthors, classifier: {errors}")
+    assert max(errors.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name, kind", [("hf_pretrain_tiny", VideoMAEForPreTraining),
+                                        ("hf_classify_tiny", VideoMAEForVideoClassification)])
+def test_equals_transformers_4(name, kind):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    golden = torch.load(HERE / f"golden/{name}/golden.pt", weights_only=True)
+    fields = json.loads((HERE / f"golden/{name}/config.json").read_text())
+    known = {key: value for key, value in fields.items() if key in VideoMAEConfig.__dataclass_fields__}
+    model = kind(VideoMAEConfig(**known, num_labels=len(fields.get("id2label", [0, 1]))))
+    model.load_state_dict(convert_state_dict(safetensors.load_file(HERE / f"golden/{name}/model.safetensors")))
+    output = model(**golden["inputs"])
+    assert relative_error(output.loss, golden["loss"]) <= TOLERANCE
+    assert relative_error(output.logits, golden["logits"]) <= TOLERANCE
+
+
+def test_position_table_is_the_published_one():
+    """Compared with the formula of the paper's code, written out with NumPy in float64."""
+    config = VideoMAEConfig()
+    position, j = np.arange(1568)[:, None], np.arange(768)
+    angle = position / np.power(10000, 2 * (j // 2) / 768)
+    expected = np.where(j % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
+    assert np.array_equal(videomae.position_table(config, 768).numpy(), expected)
+
+
+def test_processor_equals_pillow():
+    """Shortest edge, centre crop, mean and std, against transformers' Pillow processor, within one 8-bit level."""
+    processing = pytest.importorskip("transformers.models.videomae.image_processing_pil_videomae",
+                                     reason="transformers is not installed")
+    theirs, ours = processing.VideoMAEImageProcessorPil(), VideoMAEImageProcessor()
+    rng = np.random.default_rng(0)
+    for height, width in [(240, 320), (500, 281), (224, 224), (113, 150)]:
+        coarse = rng.integers(0, 256, (4, height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        video = list(coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width])
+        expected = theirs(video, return_tensors="pt")["pixel_values"]
+        levels = (ours(video)["pixel_values"] - expected).abs() * 0.5 * 255  # std 0.5
+        assert levels.max() < 1.01, (height, width)
+        assert levels.mean() < 0.01, (height, width)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cubes and masks
+
+sizes = st.integers(1, 4)
+
+
+@given(batch=sizes, t=sizes, h=sizes, w=sizes, tubelet=st.integers(1, 3), patch=st.integers(1, 4), c=st.integers(1, 4))
+@settings(deadline=None)
+def test_unpatchify_undoes_patchify(batch, t, h, w, tubelet, patch, c):
+    video = torch.randn(batch, t * tubelet, c, h * patch, w * patch)
+    cubes = patchify(video, tubelet, patch)
+    assert cubes.shape == (batch, t * h * w, tubelet * patch * patch * c)
+    assert torch.equal(unpatchify(cubes, (t, h, w), tubelet, patch), video)
+    # The last cube is the last corner of the clip, channels innermost.
+    corner = video[:, -tubelet:, :, -patch:, -patch:].movedim(2, -1)
+    assert torch.equal(cubes[:, -1], corner.flatten(1))
+
+
+@given(kind=st.sampled_from(["tube", "random", "frame"]), batch=sizes, t=st.integers(2, 8), h=st.integers(2, 6),
+       w=st.integers(2, 6), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 10**6))
+@settings(deadline=None)
+def test_masks(kind, batch, t, h, w, ratio, seed):
+    units = {"tube": h * w, "random": t * h * w, "frame": t}[kind]
+
+    def draw():
+        return random_mask(kind, batch, (t, h, w), ratio, torch.Generator().manual_seed(seed))
+
+    if not 0 < int(ratio * units) < units:
+        with pytest.raises(ValueError, match="mask_ratio"):
+            draw()
+        return
+    mask = draw()
+    assert mask.dtype == torch.bool and mask.shape == (batch, t * h * w)
+    assert torch.equal(mask, draw()), "the same seed gives the same mask"
+    assert (mask.sum(dim=1) == int(ratio * units) * (t * h * w // units)).all(), "the same count in every clip"
+    grid = mask.view(batch, t, h * w)
+    if kind == "tube":
+        assert (grid == grid[:, :1]).all(), "the same places at every time"
+    if kind == "frame":
+        assert (grid == grid[:, :, :1]).all(), "whole frames"
+    visible, masked = split_mask(mask, *mask.shape)
+    assert not mask.gather(1, visible).any() and mask.gather(1, masked).all()
+    for index in (visible, masked):
+        assert (index.diff(dim=1) > 0).all(), "in increasing order"
+
+
+def test_every_tube_is_masked_equally_often():
+    masks = random_mask("tube", 4000, (2, 4, 4), 0.75, torch.Generator().manual_seed(0))
+    assert ((masks.float().mean(dim=0) - 0.75).abs() < 0.03).all()
+
+
+def test_encoder_does_not_see_masked_pixels_and_loss_does_not_see_visible_ones():
+    config = VideoMAEConfig(**SMALL)
+    model = VideoMAEForPreTraining(config)
+    pixel_values, mask = clip_and_mask(config, kind="tube")
+    cubes = patchify(pixel_values, 2, 8)
+    noise = torch.randn_like(cubes)
+    hidden_changed = unpatchify(torch.where(mask[..., None], noise, cubes), config.grid, 2, 8)
+    visible_changed = unpatchify(torch.where(mask[..., None], cubes, noise), config.grid, 2, 8)
+    output = model(pixel_values, mask)
+    assert torch.equal(model(hidden_changed, mask).logits, output.logits)
+    target = model.target(cubes[mask].view(2, -1, config.cube_size))
+    other = model(visible_changed, mask)
+    assert torch.allclose(other.loss, (other.logits - target).square().mean())
+
+
+def test_reconstruction_keeps_visible_pixels_and_draws_predictions():
+    """With the truth as prediction, the picture is the original: the normalization is undone exactly."""
+    for norm_pix_loss in (True, False):
+        config = VideoMAEConfig(**{**SMALL, "norm_pix_loss": norm_pix_loss})
+        model = VideoMAEForPreTraining(config)
+        frames = torch.randint(256, (2, 8, 3, 32, 32), dtype=torch.uint8)
+        pixel_values = normalize(frames)
+        mask = random_mask("tube", 2, config.grid, 0.75)
+        truth = model.target(patchify(pixel_values, 2, 8)[mask].view(2, -1, config.cube_size))
+        model.decoder.forward = lambda *_, truth=truth: truth
+        pictures = model.reconstruct(pixel_values, mask)
+        assert torch.allclose(pictures.original, frames / 255, atol=1e-5)
+        assert torch.allclose(pictures.reconstruction, pictures.original, atol=1e-5)
+        assert torch.equal(patchify(pictures.masked, 2, 8)[~mask], patchify(pictures.original, 2, 8)[~mask])
+        assert (patchify(pictures.masked, 2, 8)[mask] == 0.5).all()
+        assert pictures.borrows_truth == norm_pix_loss
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
+    block = VideoMAEModel(VideoMAEConfig(**SMALL, drop_path_rate=0.5)).blocks[-1]
+    x = torch.ones(4000, 1, 1)
+    dropped = block.branch(x)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0} and abs(dropped.mean().item() - 1) < 0.06
+    assert torch.equal(block.eval().branch(x), x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: an error that names the argument, before any work is done
+
+
+@pytest.mark.parametrize("fields, named", [
+    (dict(image_size=30), "image_size"), (dict(num_frames=15), "num_frames"), (dict(hidden_size=100), "hidden_size"),
+    (dict(decoder_hidden_size=100), "decoder_hidden_size"), (dict(num_channels=0), "num_channels"),
+    (dict(num_hidden_layers=2.0), "num_hidden_layers"), (dict(hidden_act="swish"), "hidden_act"),
+    (dict(hidden_dropout_prob=1.5), "hidden_dropout_prob"), (dict(layer_norm_eps=0), "layer_norm_eps"),
+    (dict(position_embedding="learned"), "position_embedding"), (dict(drop_path_rate=-0.1), "drop_path_rate"),
+])
+def test_config_names_the_bad_field(fields, named):
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        VideoMAEConfig(**fields)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset: got 'giant2', expected one of small, base"):
+        VideoMAEConfig.preset("giant2")
+
+
+def test_models_refuse_wrong_inputs():
+    config = VideoMAEConfig(**SMALL)
+    model = VideoMAEForPreTraining(config)
+    clip, mask = clip_and_mask(config)
+    uneven = mask.clone()
+    first_masked = mask[0].nonzero()[0, 0]
+    uneven[0, first_masked], uneven[1, (~mask[1]).nonzero()[0, 0]] = False, True  # the total still divides
+    cases = [
+        ((clip.to(torch.uint8), mask), TypeError, "pixel_values: got torch.uint8"),
+        ((clip.numpy(), mask), TypeError, "pixel_values: got ndarray"),
+        ((clip.transpose(1, 2), mask), ValueError, "pixel_values: got shape"),
+        ((clip[:, :, :1], mask), ValueError, "pixel_values: got shape"),
+        ((clip[:, :6], mask), ValueError, "pixel_values: got shape"),
+        ((clip[..., :24], mask), ValueError, "pixel_values: got shape"),
+        ((clip[0], mask), ValueError, "pixel_values: got shape"),
+        ((clip, mask.int()), TypeError, "bool_masked_pos: got torch.int32"),
+        ((clip, None), TypeError, "bool_masked_pos: got NoneType"),
+        ((clip, mask[:1]), ValueError, "bool_masked_pos: got shape"),
+        ((clip, mask[:, 1:]), ValueError, "bool_masked_pos: got shape"),
+        ((clip, uneven), ValueError, r"bool_masked_pos: got \[47, 49\] masked cubes"),
+        ((clip, torch.ones_like(mask)), ValueError, "bool_masked_pos: every cube"),
+        ((clip, torch.zeros_like(mask)), ValueError, "bool_masked_pos: no cube"),
+    ]
+    for inputs, error, message in cases:
+        with pytest.raises(error, match=message):
+            model(*inputs)
+    with pytest.raises(ValueError, match="labels: got torch.float32"):
+        VideoMAEForVideoClassification(config)(clip, labels=torch.zeros(2))
+    with pytest.raises(ValueError, match="kind: got 'checkerboard'"):
+        random_mask("checkerboard", 2, config.grid, 0.75)
+
+
+def test_processor_refuses_wrong_inputs():
+    processor = VideoMAEImageProcessor(size=32, crop_size=32)
+    frame = np.zeros((40, 50, 3), dtype=np.uint8)
+    cases = [
+        ([], ValueError, "videos: got none"),
+        ([frame / 255.0] * 4, TypeError, "videos: got frames of torch.float64"),
+        ([frame[..., :1]] * 4, ValueError, r"videos: got frames of shape \(40, 50, 1\)"),
+        ([[frame] * 4, [frame] * 3], ValueError, r"videos: got clips of \[4, 3\] frames"),
+    ]
+    for videos, error, message in cases:
+        with pytest.raises(error, match=message):
+            processor(videos)
+    with pytest.raises(ValueError, match="crop_size: 48 x 48"):
+        VideoMAEImageProcessor(size=32, crop_size=48)([frame] * 4)
