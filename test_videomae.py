@@ -19,10 +19,8 @@ from hypothesis import strategies as st
 
 import train_tiny
 import videomae
-from train_tiny import MOTIONS, MotionClips
+from train_tiny import MOTIONS, MotionClips, VideoClips, move_textures, split_folder
 from videomae import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     VideoMAEConfig,
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
@@ -309,7 +307,8 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 
 
 @pytest.mark.parametrize("fields, named", [
-    (dict(image_size=30), "image_size"), (dict(num_frames=15), "num_frames"), (dict(hidden_size=100), "hidden_size"),
+    (dict(image_size=30), "image_size"), (dict(image_size=224.0), "image_size"),
+    (dict(num_frames=15), "num_frames"), (dict(hidden_size=100), "hidden_size"),
     (dict(decoder_hidden_size=100), "decoder_hidden_size"), (dict(num_channels=0), "num_channels"),
     (dict(num_hidden_layers=2.0), "num_hidden_layers"), (dict(hidden_act="swish"), "hidden_act"),
     (dict(hidden_dropout_prob=1.5), "hidden_dropout_prob"), (dict(layer_norm_eps=0), "layer_norm_eps"),
@@ -353,6 +352,10 @@ def test_models_refuse_wrong_inputs():
             model(*inputs)
     with pytest.raises(ValueError, match="labels: got torch.float32"):
         VideoMAEForVideoClassification(config)(clip, labels=torch.zeros(2))
+    with pytest.raises(TypeError, match="frames: got torch.float32"):
+        normalize(clip)
+    with pytest.raises(ValueError, match="state_dict: no cube embedding"):
+        convert_state_dict({"model": clip})
     with pytest.raises(ValueError, match="kind: got 'checkerboard'"):
         random_mask("checkerboard", 2, config.grid, 0.75)
 
@@ -362,8 +365,9 @@ def test_processor_refuses_wrong_inputs():
     frame = np.zeros((40, 50, 3), dtype=np.uint8)
     cases = [
         ([], ValueError, "videos: got none"),
-        ([frame / 255.0] * 4, TypeError, "videos: got frames of torch.float64"),
-        ([frame[..., :1]] * 4, ValueError, r"videos: got frames of shape \(40, 50, 1\)"),
+        ([frame / 255.0] * 4, TypeError, "videos: got frames of float64"),
+        ([frame[..., :1]] * 4, ValueError, r"videos: got frames of shapes \[\(40, 50, 1\)\]"),
+        ([frame, frame[:30]], ValueError, r"videos: got frames of shapes \[\(30, 50, 3\), \(40, 50, 3\)\]"),
         ([[frame] * 4, [frame] * 3], ValueError, r"videos: got clips of \[4, 3\] frames"),
     ]
     for videos, error, message in cases:
@@ -371,3 +375,256 @@ def test_processor_refuses_wrong_inputs():
             processor(videos)
     with pytest.raises(ValueError, match="crop_size: 48 x 48"):
         VideoMAEImageProcessor(size=32, crop_size=48)([frame] * 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The embedded clips: the label is the motion, and no single frame gives it away
+
+TINY = VideoMAEConfig.preset("tiny")
+
+
+def test_the_middle_frame_does_not_depend_on_the_label():
+    """The same draws with another label: the middle frame is the same to the last bit, the others are not."""
+    textures = train_tiny.make_textures(8, 64, torch.Generator().manual_seed(0))
+    clips = torch.stack([
+        move_textures(textures, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
+        for label in range(len(MOTIONS))
+    ])  # (8, 64, T, 3, H, W)
+    middle = TINY.num_frames // 2
+    assert (clips[:, :, middle] == clips[:1, :, middle]).all()
+    for frame in set(range(TINY.num_frames)) - {middle}:
+        assert all((clips[i, :, frame] != clips[j, :, frame]).any() for i in range(8) for j in range(i))
+
+
+def motion_by_optical_flow(clips):
+    """(B, T, C, H, W) uint8 -> (B,) MOTIONS index, without learning: least squares of I_t + u . grad I = 0.
+
+    u = shift + rotation * (-y, x) + zoom * (x, y); each part is compared with the slowest motion of its kind.
+    """
+    video = clips.float()
+    average = (video[:, 1:] + video[:, :-1]) / 2
+    dt = (video[:, 1:] - video[:, :-1])[..., 1:-1, 1:-1]
+    dx = (average[..., 1:-1, 2:] - average[..., 1:-1, :-2]) / 2
+    dy = (average[..., 2:, 1:-1] - average[..., :-2, 1:-1]) / 2
+    y, x = torch.meshgrid(torch.arange(30) - 14.5, torch.arange(30) - 14.5, indexing="ij")
+    # A motion about another centre is the same rotation or zoom plus a shift, so the shift is free here.
+    columns = torch.stack([dx, dy, dy * x - dx * y, dx * x + dy * y], dim=-1)
+    solution = torch.linalg.lstsq(columns.flatten(1, -2), -dt.flatten(1)[..., None]).solution[..., 0]
+    shift_x, shift_y, rotation, zoom = solution.unbind(dim=1)
+    turning = torch.stack([rotation, -rotation, zoom * 2.2, -zoom * 2.2], dim=1)  # zooms are 0.5 as fast as turns
+    straight = torch.stack([-shift_x, shift_x, -shift_y, shift_y], dim=1)
+    strongest, turn = turning.max(dim=1)
+    return torch.where(strongest > 0.1, 4 + turn, straight.argmax(dim=1))
+
+
+def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
+    clips = MotionClips(1000, TINY, seed=3)
+    opposite = clips.labels ^ 1
+    right = (motion_by_optical_flow(clips.clips) == clips.labels).float().mean()
+    reversed_right = (motion_by_optical_flow(clips.clips.flip(1)) == opposite).float().mean()
+    assert right > 0.7 and reversed_right > 0.7, (right, reversed_right)
+
+
+def test_a_single_frame_does_not_teach_the_label():
+    """The same network and budget: it learns the motions from whole clips, and nothing from a frame held still."""
+    clips, test_clips = MotionClips(3000, TINY, seed=4), MotionClips(512, TINY, seed=5)
+    config = VideoMAEConfig.preset("tiny", num_labels=len(MOTIONS))
+    recipe = dict(train_tiny.RECIPES["embedded"], finetune_batch=32, recolour=False)
+
+    def top1(held_out, steps):
+        model = train_tiny.finetune(clips, torch.arange(3000), config, None, recipe, steps, 1e-3, 0,
+                                    torch.device("cpu"), lambda **_: None, "test")
+        return model, train_tiny.percent(train_tiny.predict(model, held_out, "cpu") == held_out.labels)
+
+    model, moving = top1(test_clips, steps=250)
+    checks = train_tiny.motion_checks(model, test_clips, "cpu")
+    first = clips.clips[:, :1].clone()
+    for split in (clips, test_clips):
+        split.clips = split.clips[:, :1].expand_as(split.clips)
+    _, still = top1(test_clips, steps=250)
+    print(f"\nwhole clips {moving} %, first frame only {still} %, {checks} (chance 12.5 %)", first.shape)
+    assert moving > 60 and still < 22
+    assert checks["middle_frame_top1"] < 20 and checks["reversed_as_opposite"] > 50
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_tiny.py from start to end, as a user runs it
+
+
+def train_tiny_command(*arguments, cwd):
+    """-> (exit status, stdout + stderr)."""
+    process = subprocess.run([sys.executable, str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=cwd,
+                             capture_output=True, text=True, timeout=120)
+    return process.returncode, process.stdout + process.stderr
+
+
+SHORT = ["--unlabelled-clips", 500, "--test-clips", 64, "--pretrain-steps", 60, "--finetune-steps", 3,
+         "--scratch-full-time-steps", 4]
+FILES = {"summary.json", "metrics.jsonl", "curves.png", "reconstruction.png", "table.md", "pretrained.pt",
+         "finetuned.pt"}
+
+
+def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
+    summaries = []
+    for name in ("a", "b"):
+        status, output = train_tiny_command(*SHORT, "--name", name, cwd=tmp_path)
+        assert status == 0, output
+        assert {file.name for file in (tmp_path / "runs" / name).iterdir()} == FILES
+        summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
+    first, second = summaries
+    assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.03
+    assert [result["labels_per_class"] for result in first["results"]] == [2, 10]
+    for key in ("finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "middle_frame_top1"):
+        assert 0 <= first[key] <= 100
+    for summary in summaries:
+        del summary["seconds"], summary["total_seconds"]
+    assert first == second, "the same seed gives the same numbers"
+
+    # The saved model is the trained one: it reconstructs held-out clips with the loss of the end of training.
+    saved = torch.load(tmp_path / "runs/a/pretrained.pt", weights_only=True)
+    model = VideoMAEForPreTraining(VideoMAEConfig(**saved["config"]))
+    model.load_state_dict(saved["state_dict"])
+    pixel_values = normalize(MotionClips(64, TINY, seed=9).clips)
+    loss = model(pixel_values, random_mask("tube", 64, TINY.grid, 0.75)).loss.item()
+    assert abs(loss - first["pretrain_loss_last"]) < 0.05
+
+    before = {file: file.read_bytes() for file in (tmp_path / "runs/a").iterdir()}
+    status, output = train_tiny_command(*SHORT, "--name", "a", cwd=tmp_path)
+    assert status != 0 and "--name" in output and "exists already" in output
+    assert before == {file: file.read_bytes() for file in (tmp_path / "runs/a").iterdir()}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "--data: nowhere is not a folder"),
+    (["--model", "gigantic"], "preset: got 'gigantic'"),
+    (["--mask", "diagonal"], "kind: got 'diagonal'"),
+    (["--mask-ratio", "1"], "mask_ratio: 1.0 masks 16 of 16"),
+    (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
+    (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: 50 asked for"),
+])
+def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path):
+    status, output = train_tiny_command(*arguments, cwd=tmp_path)
+    assert status != 0 and message in output and "Traceback" not in output, output
+    assert not (tmp_path / "runs").exists()
+
+
+def write_video(path, frames, rate=25):
+    """frames (T, H, W, 3) uint8 -> an MPEG-4 file."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def video_folder(tmp_path):
+    """Two classes of motion as real files: 5 scenes each, of odd sizes and lengths, and one broken file."""
+    config = VideoMAEConfig.preset("tiny", image_size=64, num_frames=40)
+    clips = MotionClips(100, config, seed=6)
+    for name, label in (("Left", 0), ("Zoom In", 6)):
+        for scene, i in enumerate((clips.labels == label).nonzero()[:5, 0], start=1):
+            frames = clips.clips[i].movedim(1, -1).numpy()[: 40 - 8 * scene + 4, : 64 - 4 * scene]  # the last: 4 frames
+            suffix = "avi" if scene % 2 else "mp4"
+            write_video(tmp_path / f"data/{name}/v_{name}_g{scene:02}_c01.{suffix}", np.ascontiguousarray(frames))
+    (tmp_path / "data/Left/v_Left_g09_c01.mp4").write_bytes(b"not a video")
+    return tmp_path / "data"
+
+
+def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
+    arguments = ["--data", video_folder, "--model", "tiny", "--frame-stride", 2, "--pretrain-steps", 3,
+                 "--finetune-steps", 2, "--scratch-full-time-steps", 2, "--name", "videos"]
+    status, output = train_tiny_command(*arguments, cwd=tmp_path)
+    assert status == 0, output
+    assert "left out" in output and "v_Left_g09_c01.mp4" in output, "the broken file is named"
+    assert "train     8 clips: Left 4, Zoom In 4" in output and "held out  2 clips: Left 1, Zoom In 1" in output
+    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES
+    summary = json.loads((tmp_path / "runs/videos/summary.json").read_text())
+    assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100
+    cached = list((tmp_path / "runs/cache").iterdir())
+    assert len(cached) == 10 and all(file.suffix == ".npy" for file in cached)
+
+
+def test_decoded_frames_are_the_video(tmp_path):
+    """Colours and order survive the way from a file to a clip; a short video holds its last frame."""
+    ramp = np.stack([np.full((48, 64, 3), (20 + 30 * t, 120, 200 - 25 * t), dtype=np.uint8) for t in range(6)])
+    write_video(tmp_path / "A/one.mp4", ramp)
+    config = VideoMAEConfig.preset("tiny")
+    clips = VideoClips(["A"], [(tmp_path / "A/one.mp4", 0)], config, 1, tmp_path / "cache")
+    clip = clips.load(torch.tensor([0]))[0]  # (8, 3, 32, 32)
+    expected = torch.from_numpy(ramp[[0, 1, 2, 3, 4, 5, 5, 5], 0, 0]).float()
+    assert (clip.float().mean(dim=(2, 3)) - expected).abs().max() < 6
+    random_clip = clips.load(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
+    assert random_clip.shape == (2, 8, 3, 32, 32) and random_clip.dtype == torch.uint8
+
+
+def test_folders_split_by_scene_or_by_the_official_lists(tmp_path):
+    for name in ("A", "B"):
+        for group in range(1, 7):
+            for c in (1, 2):
+                file = tmp_path / name / f"v_{name}_g{group:02}_c{c:02}.avi"
+                file.parent.mkdir(exist_ok=True)
+                file.touch()
+    classes, splits = split_folder(tmp_path)
+    groups = {split: {(label, file.name[4:7]) for file, label in entries} for split, entries in splits.items()}
+    assert classes == ["A", "B"] and not groups["train"] & groups["test"]
+    assert (len(splits["train"]), len(splits["test"])) == (16, 8)
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text("".join(f"{n}/v_{n}_g02_c01.avi {i}\n" for i, n in enumerate("AB", 1)))
+    (lists / "testlist01.txt").write_text("".join(f"{n}/v_{n}_g01_c01.avi\n" for n in "AB"))
+    _, splits = split_folder(tmp_path)
+    assert [(file.name, label) for file, label in splits["test"]] == [("v_A_g01_c01.avi", 0), ("v_B_g01_c01.avi", 1)]
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--data: no video"):
+        split_folder(tmp_path)
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A/one.mp4").touch()
+    with pytest.raises(ValueError, match="has one class, A"):
+        split_folder(tmp_path)
+    (tmp_path / "B").mkdir()
+    for name in ("A/two.mp4", "B/one.mp4"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="no train video of class B"):
+        split_folder(tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model.pt"
+    target.write_bytes(b"old")
+
+    def fail_half_way(file):
+        file.write(b"new, but")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train_tiny.write_whole(target, fail_half_way)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+UCF101_MINI = HERE.parent / "shared/ucf101_mini"
+
+
+@pytest.mark.skipif(not UCF101_MINI.is_dir(), reason="needs the real clips in ../shared/ucf101_mini")
+def test_real_clips(tmp_path):
+    classes, splits = split_folder(UCF101_MINI)
+    assert classes == ["Punch", "YoYo"] and [len(splits[split]) for split in ("train", "test")] == [58, 23]
+    clips = VideoClips(classes, [splits["test"][0], splits["test"][-1]], VideoMAEConfig.preset("laptop"), 4, tmp_path)
+    assert clips.load(torch.arange(2)).shape == (2, 16, 3, 112, 112)
+    assert clips.load(torch.arange(2)).float().std() > 20
+
+
+def test_videomae_alone_needs_torch_numpy_and_einops_only(tmp_path):
+    (tmp_path / "videomae.py").write_text((HERE / "videomae.py").read_text())
+    code = ("import sys, videomae; "
+            "bad = {'transformers', 'safetensors', 'av', 'matplotlib', 'tqdm', 'PIL'} & set(sys.modules); "
+            "assert not bad, bad; print(videomae.__file__)")
+    output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(tmp_path) in output.stdout

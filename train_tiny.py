@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from videomae import (
-    PRESETS,
     VideoMAEConfig,
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
@@ -80,7 +79,6 @@ RECIPES = {
         recolour=False,
     ),
 }
-TEXTURE_ALPHA = (2.0, 2.5)
 WEIGHT_DECAY = 0.05  # the authors', for both stages
 PRETRAIN_BETAS, FINETUNE_BETAS = (0.9, 0.95), (0.9, 0.999)  # likewise
 GRADIENT_CLIP = 1.0
@@ -100,10 +98,10 @@ class MotionClips:
 
     def __init__(self, count: int, config: VideoMAEConfig, seed: int):
         generator = torch.Generator().manual_seed(seed)
-        textures = make_textures(512, config.image_size, generator)
+        textures = make_textures(512, 2 * config.image_size, generator)
         self.labels = torch.randint(len(MOTIONS), (count,), generator=generator)  # (count,) int64
-        chunks = self.labels.split(500)
-        self.clips = torch.cat([move_textures(textures, chunk, config.num_frames, generator) for chunk in chunks])
+        self.clips = torch.cat([move_textures(textures, chunk, config.num_frames, config.image_size, generator)
+                                for chunk in self.labels.split(250)])  # (count, T, 3, H, W) uint8
 
     def load(self, indices: Tensor, generator: torch.Generator | None = None, view: int = 0) -> Tensor:
         """(B,) indices -> (B, T, 3, H, W) uint8."""
@@ -116,8 +114,8 @@ def uniform(low: float, high: float, shape, generator: torch.Generator) -> Tenso
 
 
 def make_textures(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """(count, 3, size, size) float32, mean 0, std 1: smooth noise, amplitude 1 / frequency^alpha, that tiles the plane."""
-    alpha = uniform(*TEXTURE_ALPHA, (count, 1, 1, 1), generator)
+    """(count, 3, size, size) float32, mean 0, std 1: noise of amplitude 1 / frequency^alpha, which tiles the plane."""
+    alpha = uniform(2.5, 3.0, (count, 1, 1, 1), generator)
     frequency = torch.fft.fftfreq(size)
     radius = torch.hypot(frequency[:, None], frequency)
     radius[0, 0] = math.inf  # so that the mean is 0
@@ -126,13 +124,13 @@ def make_textures(count: int, size: int, generator: torch.Generator) -> Tensor:
     return textures / textures.std(dim=(2, 3), keepdim=True)
 
 
-def move_textures(textures: Tensor, labels: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+def move_textures(textures: Tensor, labels: Tensor, frames: int, size: int, generator: torch.Generator) -> Tensor:
     """One clip per label: a random texture, randomly coloured, moved as labelled -> (B, T, 3, H, W) uint8.
 
-    textures: (count, 3, H, W), see `make_textures`. labels: (B,) int64, indices into MOTIONS.
+    textures: (count, 3, 2 size, 2 size), see `make_textures`. labels: (B,) int64, indices into MOTIONS.
     Displacement is counted from the middle of the clip: what is seen there does not depend on the label.
     """
-    count, size = len(labels), textures.shape[-1]
+    count = len(labels)
     time_from_middle = torch.arange(frames) - frames // 2  # (T,)
 
     # Per frame: pixels of translation, radians of rotation, log-scale of zoom. Only the labelled one is not zero.
@@ -154,11 +152,12 @@ def move_textures(textures: Tensor, labels: Tensor, frames: int, generator: torc
     centre = uniform(-size / 4, size / 4, (count, 1, 1, 2), generator)
     look = torch.einsum("btij,bpj->btpi", matrix, pixels - centre[:, 0]) + centre  # (B, T, H W, 2)
     look = look - velocity[:, None, None] * time_from_middle[:, None, None]
+    look = look + uniform(-size / 2, size / 2, (count, 1, 1, 2), generator)  # anywhere on the texture
 
     colours = F.normalize(torch.randn(count, 3, 3, generator=generator), dim=2)
     chosen = textures[torch.randint(len(textures), (count,), generator=generator)]
     chosen = torch.einsum("bij,bjhw->bihw", colours, chosen).tile(1, 1, 3, 3)  # the texture repeats: no border
-    clips = F.grid_sample(chosen, look * 2 / (3 * size), align_corners=False)  # (B, 3, T, H W)
+    clips = F.grid_sample(chosen, look * 2 / chosen.shape[-1], align_corners=False)  # (B, 3, T, H W)
     clips = rearrange(clips, "b c t (h w) -> b t c h w", h=size)
     return (127.5 + 50 * clips).clamp(0, 255).to(torch.uint8)
 
@@ -189,7 +188,8 @@ def split_folder(folder: Path) -> tuple[list[str], dict[str, list[tuple[Path, in
     if lists.is_dir():
         by_name = {f"{file.parent.name}/{file.name}": file for file in files}
         for split in splits:
-            names = [line.split()[0] for line in (lists / f"{split}list01.txt").read_text().splitlines() if line.strip()]
+            lines = (lists / f"{split}list01.txt").read_text().splitlines()  # Class/file.avi, in train lists a number
+            names = [line.split()[0] for line in lines if line.strip()]
             splits[split] = [(by_name[name], classes.index(name.split("/")[0])) for name in names if name in by_name]
     else:
         for label, name in enumerate(classes):
@@ -202,7 +202,7 @@ def split_folder(folder: Path) -> tuple[list[str], dict[str, list[tuple[Path, in
     for split, entries in splits.items():
         missing = [name for i, name in enumerate(classes) if i not in {label for _, label in entries}]
         if missing:
-            raise ValueError(f"--data: no {split} video of class {', '.join(missing)}; a class needs two scenes or more")
+            raise ValueError(f"--data: no {split} video of class {', '.join(missing)}; a class needs two scenes")
     return classes, splits
 
 
@@ -251,7 +251,7 @@ class VideoClips:
     def __init__(self, classes, entries: list[tuple[Path, int]], config: VideoMAEConfig, stride: int, cache: Path):
         self.classes, self.frames, self.size, self.stride = classes, config.num_frames, config.image_size, stride
         self.videos, labels = [], []
-        for file, label in tqdm(entries, desc="decoding", leave=False):
+        for file, label in tqdm(entries, desc="decoding", leave=False, disable=None):
             try:
                 self.videos.append(decode(file, config.image_size, cache))
                 labels.append(label)
@@ -312,7 +312,8 @@ def train(model, next_loss, stage: str, steps: int, lr: float, betas, log) -> li
     optimizer = torch.optim.AdamW(
         [dict(params=decay, weight_decay=WEIGHT_DECAY), dict(params=no_decay, weight_decay=0.0)], betas=betas)
     model.train()
-    losses, bar = [], tqdm(range(steps), desc=stage, mininterval=1)
+    start, losses = time.perf_counter(), []
+    bar = tqdm(range(steps), desc=stage, mininterval=1, leave=False, disable=None)  # None: no bar in a log file
     for step in bar:
         warmup_steps = max(1, round(WARMUP * steps))
         rate = lr * min((step + 1) / warmup_steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -329,11 +330,13 @@ def train(model, next_loss, stage: str, steps: int, lr: float, betas, log) -> li
         if step % 10 == 0 or step == steps - 1:
             log(stage=stage, step=step, loss=losses[-1], lr=rate)
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    print(f"{stage}: loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f} in {steps} steps, "
+          f"{time.perf_counter() - start:.0f} s", flush=True)
     return losses
 
 
-def pretrain(clips, config: VideoMAEConfig, recipe: dict, seed: int, device, log) -> tuple[VideoMAEForPreTraining, list]:
-    """Stage 1, no labels: reconstruct what the tubes hide -> the model and its losses."""
+def pretrain(clips, config: VideoMAEConfig, recipe: dict, seed: int, device, log, stage: str):
+    """Stage 1, no labels: reconstruct what the tubes hide -> the VideoMAEForPreTraining and its losses."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = VideoMAEForPreTraining(config).to(device)
@@ -342,9 +345,9 @@ def pretrain(clips, config: VideoMAEConfig, recipe: dict, seed: int, device, log
         indices = torch.randint(len(clips.labels), (recipe["pretrain_batch"],), generator=generator)
         pixel_values = normalize(clips.load(indices, generator).to(device))
         mask = random_mask(recipe["mask"], len(indices), config.grid, recipe["mask_ratio"], generator)
-        return model(pixel_values, mask.to(device)).loss
+        return model(pixel_values, mask).loss
 
-    losses = train(model, next_loss, "pretrain", recipe["pretrain_steps"], recipe["pretrain_lr"], PRETRAIN_BETAS, log)
+    losses = train(model, next_loss, stage, recipe["pretrain_steps"], recipe["pretrain_lr"], PRETRAIN_BETAS, log)
     return model, losses
 
 
@@ -446,11 +449,12 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, recipe: dict, devi
     indices = torch.linspace(0, len(clips.labels) - 1, count).long()
     pixel_values = normalize(clips.load(indices)).to(device)
     generator = torch.Generator().manual_seed(0)
-    mask = random_mask(recipe["mask"], count, model.config.grid, recipe["mask_ratio"], generator).to(device)
+    mask = random_mask(recipe["mask"], count, model.config.grid, recipe["mask_ratio"], generator)
     model.eval()
     pictures = model.reconstruct(pixel_values, mask)
     frames = range(0, model.config.num_frames, max(1, model.config.num_frames // 8))
-    rows = [(name, getattr(pictures, name)[i]) for i in range(count) for name in ("original", "masked", "reconstruction")]
+    names = ("original", "masked", "reconstruction")
+    rows = [(name, getattr(pictures, name)[i]) for i in range(count) for name in names]
     figure, axes = plt.subplots(len(rows), len(frames), figsize=(len(frames) * 1.1, len(rows) * 1.13 + 0.6))
     for row, (name, video) in enumerate(rows):
         for axis, frame in zip(axes[row], frames, strict=True):
@@ -506,7 +510,7 @@ def table(summaries: list[dict]) -> str:
         return f"{np.mean(values):.1f}" + (f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
     results = [summary["results"] for summary in summaries]
-    budgets = [f"{r['labels_per_class']} labels per class" if r["labels_per_class"] else "all labels" for r in results[0]]
+    budgets = [f"{b['labels_per_class'] or 'all'} labels per class" for b in results[0]]
     lines = ["| top-1, % | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
     for key, name in ROWS.items():
         cells = [cell([run[b][key] for run in results]) for b in range(len(budgets))]
@@ -520,28 +524,25 @@ def table(summaries: list[dict]) -> str:
 
 
 def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict:
-    """Pretrain once; for each label budget fine-tune, train from scratch twice and probe -> summary, also written."""
-    folder.mkdir(parents=True)
+    """Pretrain once; for each label budget fine-tune, train from scratch twice and probe -> summary.json's content."""
     device = pick_device()
-    started = time.perf_counter()
-    seconds = {}
+    start = time.perf_counter()
+    config, train_clips, test_clips = load_data(args, recipe, seed)
+    subsets = [choose_labelled(train_clips.labels, budget, seed) for budget in recipe["labels_per_class"]]
+    folder.mkdir(parents=True)
+    describe(config, train_clips, test_clips, recipe, seed, device, folder)
+    seconds = {"data": round(time.perf_counter() - start, 1)}
 
     def timed(stage, function, *arguments):
-        start = time.perf_counter()
-        result = function(*arguments)
-        seconds[stage] = round(time.perf_counter() - start, 2)
+        stage_start = time.perf_counter()
+        result = function(*arguments, stage)
+        seconds[stage] = round(time.perf_counter() - stage_start, 1)
         return result
 
-    metrics = []
-
     def log(**entry):
-        metrics.append(entry)
         with open(folder / "metrics.jsonl", "a") as file:
             print(json.dumps(entry), file=file)
 
-    config, train_clips, test_clips = timed("data", load_data, args, recipe, seed)
-    describe(config, train_clips, test_clips, recipe, seed, device, folder)
-    labels = test_clips.labels
     model, losses = timed("pretrain", pretrain, train_clips, config, recipe, seed, device, log)
     save_model(model, folder / "pretrained.pt")
     draw_reconstruction(model, test_clips, recipe, device, folder / "reconstruction.png")
@@ -549,39 +550,34 @@ def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict
     classifier_config = replace(config, num_labels=len(train_clips.classes), use_mean_pooling=True,
                                 drop_path_rate=recipe["drop_path"])
     results = []
-    for budget in recipe["labels_per_class"]:
-        subset = choose_labelled(train_clips.labels, budget, seed)
-        result = dict(labels_per_class=budget)
-        for name, encoder, steps, lr in [
-            ("finetune", model.videomae, recipe["finetune_steps"], recipe["finetune_lr"]),
-            ("scratch", None, recipe["finetune_steps"], recipe["scratch_lr"]),
-            ("scratch_full_time", None, recipe["scratch_full_time_steps"], recipe["scratch_lr"]),
-        ]:
-            stage = f"{name}, {budget or 'all'} labels"
-            classifier = timed(stage, finetune, train_clips, subset, classifier_config, encoder, recipe, steps, lr, seed,
-                               device, log, stage)
-            predictions = predict(classifier, test_clips, device)
+    for budget, subset in zip(recipe["labels_per_class"], subsets, strict=True):
+        result, labels = dict(labels_per_class=budget), test_clips.labels
+
+        def score(name, predictions, result=result, labels=labels):
             result[f"{name}_top1"] = percent(predictions == labels)
             result[f"{name}_balanced"] = balanced(predictions, labels)
+
+        for name, encoder in (("finetune", model.videomae), ("scratch", None), ("scratch_full_time", None)):
+            steps = recipe["scratch_full_time_steps" if name == "scratch_full_time" else "finetune_steps"]
+            lr = recipe["scratch_lr" if encoder is None else "finetune_lr"]
+            classifier = timed(f"{name}, {budget or 'all'} labels per class", finetune, train_clips, subset,
+                               classifier_config, encoder, recipe, steps, lr, seed, device, log)
+            score(name, predict(classifier, test_clips, device))
             if name == "finetune":
                 save_model(classifier, folder / "finetuned.pt")
                 if isinstance(test_clips, MotionClips):
                     result.update(motion_checks(classifier, test_clips, device))
-        predictions = linear_probe(model.videomae, train_clips, subset, test_clips, device)
-        result["linear_probe_top1"] = percent(predictions == labels)
-        result["linear_probe_balanced"] = balanced(predictions, labels)
+        score("linear_probe", linear_probe(model.videomae, train_clips, subset, test_clips, device))
         results.append(result)
 
     tenth = max(1, len(losses) // 10)
     summary = dict(
-        data=args.data, seed=seed, device=device_name(device), torch=torch.__version__,
-        pretrain_loss_first=losses[0], pretrain_loss_last=sum(losses[-tenth:]) / tenth,
-        **results[-1],  # the largest label budget; all of them under "results"
-        majority_top1=percent(labels == train_clips.labels.mode().values),
-        results=results, seconds=seconds, total_seconds=round(time.perf_counter() - started, 1),
-        recipe=recipe, config=asdict(config),
+        data=args.data, evaluated_on=args.evaluate_on, seed=seed, device=device_name(device), torch=torch.__version__,
+        pretrain_loss_first=round(losses[0], 4), pretrain_loss_last=round(sum(losses[-tenth:]) / tenth, 4),
+        **results[-1],  # the last label budget; all of them under "results"
+        majority_top1=percent(test_clips.labels == train_clips.labels.mode().values), results=results,
+        seconds=seconds, total_seconds=round(time.perf_counter() - start, 1), recipe=recipe, config=asdict(config),
     )
-    draw_curves(metrics, [summary], folder / "curves.png")
     write_whole(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode()))
     return summary
 
@@ -591,28 +587,34 @@ def motion_checks(model, clips: MotionClips, device) -> dict:
     middle = clips.clips.shape[1] // 2
     frozen = predict(model, clips, device, lambda frames: frames[:, [middle]].expand_as(frames))
     backwards = predict(model, clips, device, lambda frames: frames.flip(1))
-    return dict(middle_frame_top1=percent(frozen == clips.labels), reversed_is_opposite=percent(backwards == clips.labels ^ 1))
+    return dict(middle_frame_top1=percent(frozen == clips.labels),
+                reversed_as_opposite=percent(backwards == clips.labels ^ 1))  # MOTIONS has opposites side by side
 
 
 def load_data(args, recipe: dict, seed: int):
     """-> the model's config, training clips and held-out clips (test, or validation with --evaluate-on val)."""
     config = VideoMAEConfig.preset(recipe["model"], use_mean_pooling=False)  # a pretraining encoder ends in a norm
+    random_mask(recipe["mask"], 1, config.grid, recipe["mask_ratio"])  # a bad mask or ratio is an error before the work
     if args.data == "embedded":
-        train_clips = MotionClips(recipe["unlabelled_clips"], config, seed)
         held_out_seed = {"test": 1_000_001, "val": 1_000_002}[args.evaluate_on]  # textures of their own, for all seeds
-        return config, train_clips, MotionClips(recipe["test_clips"], config, held_out_seed)
+        return (config, MotionClips(recipe["unlabelled_clips"], config, seed),
+                MotionClips(recipe["test_clips"], config, held_out_seed))
+    if args.evaluate_on == "val":
+        raise ValueError("--evaluate-on: a folder has no validation split, expected test")
     classes, splits = split_folder(Path(args.data))
     return (config, *(VideoClips(classes, splits[split], config, recipe["frame_stride"], Path(args.cache))
                       for split in ("train", "test")))
 
 
 def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
@@ -621,15 +623,15 @@ def device_name(device: torch.device) -> str:
 def describe(config, train_clips, test_clips, recipe, seed, device, folder):
     """One screen before the work starts."""
     parameters = sum(p.numel() for p in VideoMAEForPreTraining(config).parameters())
-    print(f"device     {device_name(device)}")
-    print(f"model      {recipe['model']}, {parameters / 1e6:.2f} M parameters, {config.num_patches} cubes of "
-          f"{config.tubelet_size} x {config.patch_size} x {config.patch_size} pixels, "
-          f"{recipe['mask']} mask {recipe['mask_ratio']}")
+    print(f"device    {device_name(device)}")
+    print(f"model     {recipe['model']}: {parameters / 1e6:.2f} M parameters, {config.num_patches} cubes of "
+          f"{config.tubelet_size} x {config.patch_size} x {config.patch_size} pixels, {recipe['mask']} mask "
+          f"{recipe['mask_ratio']}")
     for name, clips in (("train", train_clips), ("held out", test_clips)):
         counts = torch.bincount(clips.labels, minlength=len(clips.classes)).tolist()
         per_class = ", ".join(f"{c} {n}" for c, n in zip(clips.classes, counts, strict=True))
-        print(f"{name:10} {len(clips.labels)} clips: {per_class}")
-    print(f"seed       {seed}\noutput     {folder}/")
+        print(f"{name:9} {len(clips.labels)} clips: {per_class}")
+    print(f"seed      {seed}\noutput    {folder}/", flush=True)
 
 
 def save_model(model, path: Path):
@@ -641,23 +643,32 @@ def save_model(model, path: Path):
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
     """The command line -> its options, and the recipe with the command line's changes."""
     data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--data", default="embedded", help="embedded (the default), or a folder of Class/*.mp4")
+    data.add_argument("--data", default="embedded", help="embedded, or a folder of Class/*.mp4")
     recipe = RECIPES["embedded" if data.parse_known_args(argv)[0].data == "embedded" else "videos"]
     parser = argparse.ArgumentParser(parents=[data], description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--name", help="output folder inside --out; must not exist (default: the next free number)")
     parser.add_argument("--out", default="runs", help="where output folders go")
     parser.add_argument("--cache", default="runs/cache", help="where decoded videos are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one whole run for each, and their table")
-    parser.add_argument("--evaluate-on", choices=["test", "val"], default="test", help="embedded data only")
-    group = parser.add_argument_group("recipe", "shown for the embedded data; with --data FOLDER --help, for videos")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a whole run for each, and one table")
+    parser.add_argument("--evaluate-on", choices=["test", "val"], default="test", help="embedded clips only")
+    group = parser.add_argument_group("recipe", "shown for the embedded clips; with --data FOLDER --help, for videos")
     for key, value in recipe.items():
-        many = dict(nargs="+", type=type(value[0])) if isinstance(value, list) else dict(type=type(value))
+        kind = dict(type=type(value))
         if isinstance(value, bool):
-            many = dict(action=argparse.BooleanOptionalAction)
-        group.add_argument("--" + key.replace("_", "-"), default=value, help=" ", **many)
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(value, list):
+            kind = dict(type=type(value[0]), nargs="+")
+        group.add_argument("--" + key.replace("_", "-"), default=value, help=" ", **kind)
     args = parser.parse_args(argv)
-    return args, {key: getattr(args, key) for key in recipe}
+    recipe = {key: getattr(args, key) for key in recipe}
+    for key, value in recipe.items():
+        zero_is_fine = key in ("drop_path", "labels_per_class") or isinstance(value, bool)
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(value, str) and not all(v >= 0 if zero_is_fine else v > 0 for v in values):
+            expected = "0 or more" if zero_is_fine else "more than 0"
+            raise ValueError(f"--{key.replace('_', '-')}: got {value}, expected {expected}")
+    return args, recipe
 
 
 def fresh_folder(out: Path, name: str | None, prefix: str) -> Path:
@@ -670,17 +681,17 @@ def fresh_folder(out: Path, name: str | None, prefix: str) -> Path:
 
 
 def main(argv=None):
+    """The command line; see the top of the file."""
     args, recipe = parse_arguments(argv)
     folder = fresh_folder(Path(args.out), args.name, "embedded" if args.data == "embedded" else Path(args.data).name)
-    if recipe["model"] not in PRESETS:
-        raise ValueError(f"--model: got {recipe['model']!r}, expected one of {', '.join(PRESETS)}")
-    many = len(args.seeds) > 1
-    summaries = [run(args, recipe, seed, folder / f"seed-{seed}" if many else folder) for seed in args.seeds]
+    folders = [folder / f"seed-{seed}" if len(args.seeds) > 1 else folder for seed in args.seeds]
+    summaries = [run(args, recipe, *job) for job in zip(args.seeds, folders, strict=True)]
+    metrics = [json.loads(line) for line in open(folders[0] / "metrics.jsonl")]
+    draw_curves(metrics, summaries, folder / "curves.png")
     text = table(summaries)
     write_whole(folder / "table.md", lambda file: file.write((text + "\n").encode()))
-    print(f"\n{text}\n\npretraining loss {summaries[-1]['pretrain_loss_first']:.2f} -> "
-          f"{summaries[-1]['pretrain_loss_last']:.2f}; seconds: {summaries[-1]['seconds']}\n"
-          f"pictures, models and summary.json are in {folder}/")
+    print(f"\n{text}\n\n{sum(summary['total_seconds'] for summary in summaries):.0f} seconds. "
+          f"Table, pictures, models and summary.json are in {folder}/")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Read it top to bottom; data flows through it in the paper's order. Shapes use one letter each:
 
     B clips in the batch     T, H, W frames, rows, columns of pixels     C colour channels
-    N cubes in a clip, N_vis of them visible and N_mask masked, N = N_vis + N_mask
+    N cubes in a clip, T' x H' x W' of them; N_vis are visible and N_mask masked; M is any number of them
     D width of the encoder, D_dec width of the decoder, P numbers in one cube (tubelet_size * patch_size^2 * C)
 
 References, and what this file was held against (test_videomae.py shows the equality, gradients included):
@@ -18,12 +18,15 @@ References, and what this file was held against (test_videomae.py shows the equa
 What differs from both, with the same numbers:
 - One `patchify` serves the embedding and the target. A Conv3d whose stride is its kernel is a Linear over a cube's
   numbers, so only the visible cubes need to be embedded, and the target is cut from the masked ones alone.
-- The mask becomes two index lists (visible, masked) once; nothing later asks where a token came from.
+- The mask becomes two lists of indices, visible and masked, once, instead of boolean indexing in several places.
 - The decoder, thrown away after pretraining, is one module; so is what is kept.
-- Inputs that would give wrong numbers silently (uneven masks, uint8 pixels, swapped axes) are errors that say so.
+- Uneven masks, 8-bit pixels and swapped axes, which would give wrong numbers in silence, are errors that say so.
 """
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,7 +45,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "relu": F.relu,
     "selu": F.selu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
 }
 
 
@@ -53,7 +56,7 @@ class VideoMAEConfig:
     Raises ValueError or TypeError naming the field. `VideoMAEConfig.preset("small")` gives a named size.
     """
 
-    image_size: int = 224  # or (height, width)
+    image_size: int | tuple[int, int] = 224  # one side of a square, or (height, width)
     patch_size: int = 16
     num_channels: int = 3
     num_frames: int = 16
@@ -62,13 +65,15 @@ class VideoMAEConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"  # gelu, relu, selu, gelu_new, or a function of a tensor
+    hidden_act: str | Callable = "gelu"  # gelu, relu, selu, gelu_new, or a function of a tensor
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
     initializer_range: float = 0.02  # std of the mask token and of the classifier's weights; see `init_block_weights`
     layer_norm_eps: float = 1e-12  # the authors' models: 1e-6
     qv_bias: bool = True  # a bias for queries and values; keys have none, see `Attention`
-    use_mean_pooling: bool = True  # classifier: mean of all tokens (True) or token 0; pretraining checkpoints: False
+    # True: no norm at the end of the encoder; the classifier takes the mean of all tokens and normalizes that.
+    # False: the encoder ends in a norm; the classifier takes token 0. Every published pretraining checkpoint: False.
+    use_mean_pooling: bool = True
     decoder_num_attention_heads: int = 6
     decoder_hidden_size: int = 384
     decoder_num_hidden_layers: int = 4
@@ -88,34 +93,39 @@ class VideoMAEConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     def __post_init__(self):
-        height, width = self.image_hw
-        for name, value in [("image_size", height), ("image_size", width)] + [
-            (name, getattr(self, name))
-            for name in ("patch_size", "num_channels", "num_frames", "tubelet_size", "hidden_size", "num_hidden_layers",
-                         "num_attention_heads", "intermediate_size", "decoder_num_attention_heads",
-                         "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size", "num_labels")
-        ]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a positive int")
+        def check(name, condition, expected):
+            if not condition:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+        def is_count(value):
+            return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+        size = self.image_size
+        is_pair = isinstance(size, tuple | list) and len(size) == 2 and all(is_count(side) for side in size)
+        check("image_size", is_count(size) or is_pair, "a positive int or (height, width)")
+        for name in ("patch_size", "num_channels", "num_frames", "tubelet_size", "hidden_size", "num_hidden_layers",
+                     "num_attention_heads", "intermediate_size", "decoder_num_attention_heads", "decoder_hidden_size",
+                     "decoder_num_hidden_layers", "decoder_intermediate_size", "num_labels"):
+            check(name, is_count(getattr(self, name)), "a positive int")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected 0 <= {name} < 1")
+            value = getattr(self, name)
+            check(name, isinstance(value, int | float) and 0 <= value < 1, "a number from 0 to below 1")
         for name in ("initializer_range", "layer_norm_eps", "head_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number above 0")
-        for name, value, divisor_name in [
-            ("image_size", height, "patch_size"), ("image_size", width, "patch_size"),
-            ("num_frames", self.num_frames, "tubelet_size"),
-            ("hidden_size", self.hidden_size, "num_attention_heads"),
-            ("decoder_hidden_size", self.decoder_hidden_size, "decoder_num_attention_heads"),
-        ]:
-            if value % getattr(self, divisor_name):
-                raise ValueError(f"{name}: {value} does not divide by {divisor_name} {getattr(self, divisor_name)}")
-        if not callable(self.hidden_act) and self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act: got {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)} "
-                             "or a function of a tensor")
-        if self.position_embedding not in ("sinusoid", "separable"):
-            raise ValueError(f"position_embedding: got {self.position_embedding!r}, expected 'sinusoid' or 'separable'")
+            value = getattr(self, name)
+            check(name, isinstance(value, int | float) and value > 0, "a number above 0")
+        check("hidden_act", callable(self.hidden_act) or self.hidden_act in ACTIVATIONS,
+              f"one of {', '.join(ACTIVATIONS)}, or a function of a tensor")
+        check("position_embedding", self.position_embedding in ("sinusoid", "separable"), "'sinusoid' or 'separable'")
+
+        check("image_size", not any(side % self.patch_size for side in self.image_hw),
+              f"a multiple of patch_size {self.patch_size}")
+        check("num_frames", self.num_frames % self.tubelet_size == 0, f"a multiple of tubelet_size {self.tubelet_size}")
+        for width, heads in (("hidden_size", "num_attention_heads"),
+                             ("decoder_hidden_size", "decoder_num_attention_heads")):
+            count = getattr(self, heads)
+            check(width, getattr(self, width) % count == 0, f"a multiple of {heads} {count}")
+            check(width, self.position_embedding == "sinusoid" or getattr(self, width) >= 6,
+                  "6 or more for separable positions")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -147,8 +157,8 @@ def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **f
                 decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * decoder_width, **fields)
 
 
-# small to huge: the authors' modeling_pretrain.py, decoder depths from their scripts/kinetics/*/pretrain.sh.
-# tiny and laptop: train_tiny.py's own. At 64 tokens a separable position table learns much faster than the published.
+# small to huge: the sizes in the authors' modeling_pretrain.py, decoder depths from scripts/kinetics/*/pretrain.sh.
+# tiny and laptop: train_tiny.py's own. With 64 cubes the separable position table learns much faster, see README.
 _SMALL_MODEL = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6, position_embedding="separable")
 PRESETS = {
     "small": _vit(384, 12, 6, 192, 4, 3),
@@ -193,15 +203,16 @@ class VideoMAEImageProcessor:
         return {"pixel_values": torch.stack(batch)}
 
     def _frames_to_pixels(self, video) -> Tensor:
-        frames = torch.stack([torch.as_tensor(np.asarray(frame)) for frame in video])  # (T, H, W, C)
-        if frames.dtype != torch.uint8:
+        frames = [np.asarray(frame) for frame in video]
+        shapes = {frame.shape for frame in frames}
+        if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[2] != 3:
+            raise ValueError(f"videos: got frames of shapes {sorted({frame.shape for frame in frames})}, expected one "
+                             "shape (height, width, 3) in a video")
+        frames = np.stack(frames)  # (T, H, W, 3)
+        if frames.dtype != np.uint8:
             raise TypeError(f"videos: got frames of {frames.dtype}, expected 8-bit frames (uint8, 0 to 255)")
-        if frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(f"videos: got frames of shape {tuple(frames.shape[1:])}, expected (height, width, 3)")
-        # Resizing the 8-bit frames channels last, as Pillow does, agrees with Pillow within one level.
-        frames = resize_short_side(rearrange(frames, "t h w c -> t c h w"), self.shortest_edge)
-        frames = center_crop(frames, *self.crop_hw)
-        return normalize(frames, self.image_mean, self.image_std)
+        frames = resize_short_side(rearrange(torch.from_numpy(frames), "t h w c -> t c h w"), self.shortest_edge)
+        return normalize(center_crop(frames, *self.crop_hw), self.image_mean, self.image_std)
 
 
 def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
@@ -213,6 +224,7 @@ def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
         size = (int(short_side * height / width), short_side)
     if size == (height, width):
         return frames
+    # 8-bit frames in channels-last memory take the path that agrees with Pillow; floats do not.
     frames = frames.contiguous(memory_format=torch.channels_last)
     return F.interpolate(frames, size=size, mode="bilinear", antialias=True)
 
@@ -227,7 +239,9 @@ def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalize(frames: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
-    """(..., 3, H, W) uint8 in 0..255 -> float32, (x / 255 - mean) / std per channel."""
+    """(..., 3, H, W) uint8 -> float32, (x / 255 - mean) / std per channel. Raises TypeError for another dtype."""
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"frames: got {frames.dtype}, expected 8-bit frames (uint8, 0 to 255)")
     mean, std = (torch.tensor(x, device=frames.device).view(3, 1, 1) for x in (mean, std))
     return (frames.float() / 255 - mean) / std
 
@@ -280,26 +294,18 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_rat
     Raises ValueError for an unknown kind, or a ratio that masks nothing or everything.
     Source: the authors' masking_generator.py (tube).
     """
-    time, height, width = grid
-    space = height * width
-    # A mask is drawn over `num_units` units, then spread over the cubes of each unit.
-    if kind == "tube":
-        num_units, spread = space, "b space -> b (time space)"
-    elif kind == "frame":
-        num_units, spread = time, "b time -> b (time space)"
-    elif kind == "random":
-        num_units, spread = time * space, "b n -> b n"
-    else:
-        raise ValueError(f"kind: got {kind!r}, expected 'tube', 'random' or 'frame'")
-    num_masked = int(mask_ratio * num_units)
-    if not 0 < num_masked < num_units:
-        raise ValueError(f"mask_ratio: {mask_ratio} masks {num_masked} of {num_units} {kind} units, "
-                         "expected to mask some and to leave some")
-    # The num_masked smallest of random numbers are a random subset of that size.
-    rank = torch.rand(batch_size, num_units, generator=generator).argsort(dim=1).argsort(dim=1)
-    mask = rank < num_masked  # (B, num_units)
-    sizes = dict(time=time, space=space) if kind != "random" else {}
-    return repeat(mask, spread, **sizes)
+    time, space = grid[0], grid[1] * grid[2]
+    drawn = {"tube": (1, space), "frame": (time, 1), "random": (time, space)}  # what is drawn; the rest repeats it
+    if kind not in drawn:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(drawn)}")
+    num_drawn = math.prod(drawn[kind])
+    num_masked = int(mask_ratio * num_drawn)
+    if not 0 < num_masked < num_drawn:
+        raise ValueError(f"mask_ratio: {mask_ratio} masks {num_masked} of {num_drawn} {kind} places, expected to mask "
+                         "some and to leave some")
+    shuffled = torch.rand(batch_size, num_drawn, generator=generator, device="cpu").argsort(dim=1)
+    mask = shuffled < num_masked  # (B, num_drawn)
+    return mask.view(batch_size, *drawn[kind]).expand(batch_size, time, space).flatten(1)
 
 
 def split_mask(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> tuple[Tensor, Tensor]:
@@ -321,9 +327,9 @@ def split_mask(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> tu
     num_visible = num_patches - counts[0]
     if num_visible == 0:
         raise ValueError("bool_masked_pos: every cube is masked, expected some to be visible")
-    # A stable sort of 0s and 1s puts the visible cubes first and keeps each group in its order.
-    order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N)
-    return order[:, :num_visible], order[:, num_visible:]
+    visible = (~bool_masked_pos).nonzero()[:, 1].view(batch_size, num_visible)
+    masked = bool_masked_pos.nonzero()[:, 1].view(batch_size, num_patches - num_visible)
+    return visible, masked
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -352,11 +358,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
         if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, N, 3D)
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
+            q, v = q + self.q_bias, v + self.v_bias
+        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q, k, v))
         dropout = self.attention_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, heads, N, D / heads)
         return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -416,34 +421,45 @@ def init_block_weights(module: nn.Module):
 # Positions: fixed, not learned, not in the checkpoints
 
 
-def sinusoid_table(num_positions: int, dim: int) -> Tensor:
+def sinusoid_table(num_positions: int, dim: int) -> np.ndarray:
     """(num_positions, dim) float64: sin and cos interleaved, angle position / 10000^(2 floor(j / 2) / dim)."""
-    position = torch.arange(num_positions, dtype=torch.float64, device="cpu")[:, None]
-    j = torch.arange(dim, dtype=torch.float64, device="cpu")
+    position, j = np.arange(num_positions)[:, None], np.arange(dim)
     angle = position / 10000 ** (2 * (j // 2) / dim)
-    return torch.where(j % 2 == 0, angle.sin(), angle.cos())
+    return np.where(j % 2 == 0, np.sin(angle), np.cos(angle))
 
 
 def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
     """(N, dim) float32, one row per cube.
 
-    "sinusoid", the published one: a single sinusoid over the index of the flattened (time, row, column) grid. Two cubes
-    side by side in time are H'W' apart in it, and the model has to learn that they are neighbours.
-    "separable": time, row and column each get their own sinusoid in a third of the width, so neighbours in any of the
-    three share two thirds of their code. Where there is little time to learn the grid, that decides.
+    "sinusoid", the published one: a single sinusoid over the index of the flattened (time, row, column) grid. The same
+    place one step later is H'W' further on, and the model has to learn that the two are neighbours.
+    "separable": time, row and column each get a sinusoid in a third of the width, so neighbours along any of the three
+    share the code of the other two. README compares them on small models.
     """
     if config.position_embedding == "sinusoid":
-        return sinusoid_table(config.num_patches, dim).float()
+        return torch.tensor(sinusoid_table(config.num_patches, dim), dtype=torch.float32)
     t, h, w = config.grid
     third = dim // 6 * 2  # even, so that each sin keeps its cos; time takes what is left over
     time = repeat(sinusoid_table(t, dim - 2 * third), "t d -> (t h w) d", h=h, w=w)
     row = repeat(sinusoid_table(h, third), "h d -> (t h w) d", t=t, w=w)
     column = repeat(sinusoid_table(w, third), "w d -> (t h w) d", t=t, h=h)
-    return torch.cat([time, row, column], dim=1).float()
+    return torch.tensor(np.concatenate([time, row, column], axis=1), dtype=torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoder: what is kept
+
+
+def check_pixel_values(pixel_values: Tensor, config: VideoMAEConfig):
+    """Raise TypeError or ValueError unless pixel_values is a float (B, T, C, H, W) of the config's sizes."""
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values: got {got}, expected a float tensor; 8-bit frames go through "
+                        "VideoMAEImageProcessor or normalize() first")
+    expected = (config.num_frames, config.num_channels, *config.image_hw)
+    if tuple(pixel_values.shape[1:]) != expected or len(pixel_values) == 0:
+        raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, num_frames, "
+                         f"num_channels, height, width) = (batch, {', '.join(map(str, expected))})")
 
 
 @dataclass
@@ -466,13 +482,14 @@ class VideoMAEModel(nn.Module):
                   drop_path=config.drop_path_rate * i / max(num_layers - 1, 1))
             for i in range(num_layers)
         ).apply(init_block_weights)
-        # A mean-pooled classifier normalizes after the mean (`fc_norm`); every other encoder ends in a norm here.
+        # The mean-pooled classifier normalizes after the mean instead (`fc_norm`).
         self.norm = nn.Identity() if config.use_mean_pooling else nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> BaseModelOutput:
         """Encode a clip, or its visible cubes.
 
-        pixel_values: (B, T, C, H, W) float, normalized (see VideoMAEImageProcessor).
+        pixel_values: (B, T, C, H, W) float, normalized as in pretraining: `normalize`, or VideoMAEImageProcessor with
+            IMAGENET_MEAN and IMAGENET_STD.
         bool_masked_pos: (B, N) bool, True = hidden from the encoder, the same count in every clip; None hides nothing.
         Returns last_hidden_state (B, N_vis, D), visible cubes in increasing order.
         Raises TypeError or ValueError naming the argument.
@@ -481,7 +498,7 @@ class VideoMAEModel(nn.Module):
         cubes = patchify(pixel_values, self.config.tubelet_size, self.config.patch_size)  # (B, N, P)
         if bool_masked_pos is None:
             return BaseModelOutput(self.encode(cubes, self.positions))
-        visible, _ = split_mask(bool_masked_pos, *cubes.shape[:2])
+        visible = split_mask(bool_masked_pos, *cubes.shape[:2])[0].to(cubes.device)
         return BaseModelOutput(self.encode(take(cubes, visible), self.positions[visible]))
 
     def encode(self, cubes: Tensor, positions: Tensor) -> Tensor:
@@ -490,18 +507,6 @@ class VideoMAEModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
-
-
-def check_pixel_values(pixel_values: Tensor, config: VideoMAEConfig):
-    """Raise TypeError or ValueError unless pixel_values is a float (B, T, C, H, W) of the config's sizes."""
-    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise TypeError(f"pixel_values: got {got}, expected a float tensor; 8-bit frames go through "
-                        "VideoMAEImageProcessor or normalize() first")
-    expected = (config.num_frames, config.num_channels, *config.image_hw)
-    if pixel_values.ndim != 5 or tuple(pixel_values.shape[1:]) != expected:
-        raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, num_frames, "
-                         f"num_channels, height, width) = (batch, {', '.join(map(str, expected))})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,7 +522,7 @@ class VideoMAEDecoder(nn.Module):
         self.encoder_to_decoder = nn.Linear(config.hidden_size, dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # the same learned vector wherever a cube is hidden
         std = config.initializer_range
-        nn.init.trunc_normal_(self.mask_token, std=std, a=-std, b=std)
+        nn.init.trunc_normal_(self.mask_token, std=std, a=-std, b=std)  # the authors', cut at one std
         self.register_buffer("positions", position_table(config, dim), persistent=False)  # (N, D_dec)
         self.blocks = nn.ModuleList(
             Block(dim, config.decoder_num_attention_heads, config.decoder_intermediate_size, config)
@@ -550,8 +555,17 @@ class Reconstruction:
     borrows_truth: bool  # True with norm_pix_loss: each predicted cube took its mean and std from the original
 
 
+def cube_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, M, pixels, C) -> mean and std of each cube and channel, both (B, M, 1, C)."""
+    variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)  # unbiased, as published
+    return mean, variance.sqrt() + 1e-6
+
+
 class VideoMAEForPreTraining(nn.Module):
-    """Masked autoencoder: encoder -> decoder -> loss on the masked cubes (paper, figure 2)."""
+    """Masked autoencoder: encoder -> decoder -> loss on the masked cubes (paper, figure 2).
+
+    As the published checkpoints, give it a config with `use_mean_pooling=False`: the encoder then ends in a norm.
+    """
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -568,13 +582,15 @@ class VideoMAEForPreTraining(nn.Module):
         """
         check_pixel_values(pixel_values, self.config)
         cubes = patchify(pixel_values, self.config.tubelet_size, self.config.patch_size)  # (B, N, P)
-        visible, masked = split_mask(bool_masked_pos, *cubes.shape[:2])  # (B, N_vis), (B, N_mask)
+        # A mask made on the CPU is split there, so that a GPU is never waited for.
+        visible, masked = (x.to(cubes.device) for x in split_mask(bool_masked_pos, *cubes.shape[:2]))
         if masked.shape[1] == 0:
             raise ValueError("bool_masked_pos: no cube is masked, so there is nothing to predict")
 
+        # `encode` and not `forward`: the clip is cut and the mask split only once, here.
         encoded = self.videomae.encode(take(cubes, visible), self.videomae.positions[visible])  # (B, N_vis, D)
         logits = self.decoder(encoded, visible, masked)  # (B, N_mask, P)
-        loss = F.mse_loss(logits, self.target(take(cubes, masked)))
+        loss = F.mse_loss(logits.float(), self.target(take(cubes, masked)))
         return VideoMAEForPreTrainingOutput(loss, logits)
 
     def target(self, cubes: Tensor) -> Tensor:
@@ -590,17 +606,18 @@ class VideoMAEForPreTraining(nn.Module):
         return rearrange(pixels, "b m pixels c -> b m (pixels c)")
 
     def to_pixels(self, cubes: Tensor) -> Tensor:
-        """Cubes of normalized pixels (B, M, P) -> (B, M, P / C, C) in [0, 1]."""
-        return denormalize(rearrange(cubes, "b m (pixels c) -> b m pixels c", c=self.config.num_channels))
+        """Cubes of ImageNet-normalized pixels (B, M, P) -> (B, M, P / C, C) float32 in [0, 1]; see `denormalize`."""
+        return denormalize(rearrange(cubes.float(), "b m (pixels c) -> b m pixels c", c=self.config.num_channels))
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> Reconstruction:
-        """The pictures of a forward pass, for the arguments of `forward`.
+        """The pictures of a forward pass, for the arguments of `forward`; call `eval()` first. Not clamped to [0, 1].
 
         A `norm_pix_loss` model predicts no brightness and no contrast. To draw its cubes, each borrows the mean and std
         of the true one, and `borrows_truth` is set: say so under the picture.
         """
         logits = self(pixel_values, bool_masked_pos).logits  # (B, N_mask, P)
+        bool_masked_pos = bool_masked_pos.to(pixel_values.device)
         pixels = self.to_pixels(patchify(pixel_values, self.config.tubelet_size, self.config.patch_size))
         predicted = rearrange(logits, "b m (pixels c) -> b m pixels c", c=self.config.num_channels).to(pixels.dtype)
         if self.config.norm_pix_loss:
@@ -609,16 +626,11 @@ class VideoMAEForPreTraining(nn.Module):
         grey, filled = pixels.clone(), pixels.clone()
         grey[bool_masked_pos] = 0.5
         filled[bool_masked_pos] = predicted.flatten(0, 1)
-        return Reconstruction(*(
-            unpatchify(x.flatten(2), self.config.grid, self.config.tubelet_size, self.config.patch_size)
-            for x in (pixels, grey, filled)
-        ), borrows_truth=self.config.norm_pix_loss)
 
+        def to_video(pixels):  # (B, N, P / C, C) -> (B, T, C, H, W)
+            return unpatchify(pixels.flatten(2), self.config.grid, self.config.tubelet_size, self.config.patch_size)
 
-def cube_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, M, pixels, C) -> mean and std of each cube and channel, both (B, M, 1, C)."""
-    variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)  # unbiased, as published
-    return mean, variance.sqrt() + 1e-6
+        return Reconstruction(to_video(pixels), to_video(grey), to_video(filled), self.config.norm_pix_loss)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -664,7 +676,7 @@ class VideoMAEForVideoClassification(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Published weights
 
-# Two layouts, read with one list of (theirs, ours), tried in this order.
+# (theirs, ours), all applied to every name in this order; one list reads both layouts.
 RENAMES = [
     # transformers
     (r"embeddings\.patch_embeddings\.projection", "embed"),
@@ -676,7 +688,8 @@ RENAMES = [
     (r"attention\.output\.dense", "attn.proj"),
     (r"intermediate\.dense", "mlp.fc1"),
     (r"output\.dense", "mlp.fc2"),
-    (r"(query|value)\.bias", lambda match: match[1][0] + "_bias"),
+    (r"query\.bias", "q_bias"),
+    (r"value\.bias", "v_bias"),
     (r"videomae\.layernorm|^layernorm", "videomae.norm"),
     # both
     (r"^(encoder_to_decoder|mask_token)", r"decoder.\1"),
@@ -691,8 +704,10 @@ RENAMES = [
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the authors' code or of transformers -> the names and shapes of the classes here.
 
-    Three things differ beside names: transformers keeps query, key and value apart, here they are one matrix as in the
-    authors' files; a Conv3d weight (D, C, pt, ph, pw) becomes a Linear's over a cube, (D, pt ph pw C).
+    Two things differ beside names: transformers keeps query, key and value apart, here they are one matrix as in the
+    authors' files; a Conv3d weight (D, C, pt, ph, pw) becomes a Linear's over a cube, (D, pt ph pw C). The authors'
+    files keep the state dict under "model" or "module". Names of an encoder alone come back with "videomae." in front.
+    Raises ValueError where there is no cube embedding.
     """
     out = {}
     for name, tensor in state_dict.items():
@@ -703,6 +718,9 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [out.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         out[name.replace("query", "qkv")] = torch.cat(parts)
     name = "videomae.embed.weight"
+    if name not in out:
+        raise ValueError(f"state_dict: no cube embedding among its {len(state_dict)} names ({list(state_dict)[:3]}, ...), "
+                         "expected the state dict of a VideoMAE")
     if out[name].ndim == 5:
         out[name] = rearrange(out[name], "d c pt ph pw -> d (pt ph pw c)")
     return out

@@ -1,0 +1,29 @@
+# `make train` and `make test` need Python >= 3.10 with pip, and install the rest into .venv.
+PYTHON ?= python3
+BIN = .venv/bin
+
+help:
+	@echo "make train      set up .venv, then train on the embedded clips: a few minutes on two CPU cores"
+	@echo "make test       set up .venv, then run the tests"
+	@echo "make lint       set up .venv, then run ruff"
+	@echo "make clean      remove .venv (runs/ stays)"
+
+train: .venv/ready
+	$(BIN)/python train_tiny.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Setting up .venv with torch and a few packages; the first time this takes minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test]"
+	touch $@
+
+clean:
+	rm -rf .venv
+
+.PHONY: help train test lint clean
