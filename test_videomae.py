@@ -385,7 +385,7 @@ TINY = VideoMAEConfig.preset("tiny")
 
 def test_the_middle_frame_does_not_depend_on_the_label():
     """The same draws with another label: the middle frame is the same to the last bit, the others are not."""
-    textures = train_tiny.make_textures(8, 64, torch.Generator().manual_seed(0))
+    textures = train_tiny.make_textures(8, 96, torch.Generator().manual_seed(0))
     clips = torch.stack([
         move_textures(textures, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
         for label in range(len(MOTIONS))
@@ -473,7 +473,7 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
         summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
     first, second = summaries
     assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.03
-    assert [result["labels_per_class"] for result in first["results"]] == [2, 10]
+    assert [result["labels_per_class"] for result in first["results"]] == [10]
     for key in ("finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "middle_frame_top1"):
         assert 0 <= first[key] <= 100
     for summary in summaries:

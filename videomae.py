@@ -719,7 +719,7 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name.replace("query", "qkv")] = torch.cat(parts)
     name = "videomae.embed.weight"
     if name not in out:
-        raise ValueError(f"state_dict: no cube embedding among its {len(state_dict)} names ({list(state_dict)[:3]}, ...), "
+        raise ValueError(f"state_dict: no cube embedding among its {len(state_dict)} names {list(state_dict)[:3]} ..., "
                          "expected the state dict of a VideoMAE")
     if out[name].ndim == 5:
         out[name] = rearrange(out[name], "d c pt ph pw -> d (pt ph pw c)")
