@@ -385,7 +385,7 @@ TINY = VideoMAEConfig.preset("tiny")
 
 def test_the_middle_frame_does_not_depend_on_the_label():
     """The same draws with another label: the middle frame is the same to the last bit, the others are not."""
-    textures = train_tiny.make_textures(8, 96, torch.Generator().manual_seed(0))
+    textures = train_tiny.make_textures(8, 64, torch.Generator().manual_seed(0))
     clips = torch.stack([
         move_textures(textures, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
         for label in range(len(MOTIONS))
@@ -425,26 +425,21 @@ def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
     assert right > 0.7 and reversed_right > 0.7, (right, reversed_right)
 
 
-def test_a_single_frame_does_not_teach_the_label():
-    """The same network and budget: it learns the motions from whole clips, and nothing from a frame held still."""
+def test_a_network_reads_the_motion_and_nothing_else(monkeypatch):
+    """Trained on whole clips it knows the motions: of a clip run backwards it says the opposite, of the middle frame
+    held still it knows nothing. (Finer textures than train_tiny.py's, so that it learns in seconds.)"""
+    make_textures = train_tiny.make_textures
+    monkeypatch.setattr(train_tiny, "make_textures", lambda count, size, g:
+                        make_textures(count, size // 2, g).tile(2, 2))
     clips, test_clips = MotionClips(3000, TINY, seed=4), MotionClips(512, TINY, seed=5)
     config = VideoMAEConfig.preset("tiny", num_labels=len(MOTIONS))
     recipe = dict(train_tiny.RECIPES["embedded"], finetune_batch=32, recolour=False)
-
-    def top1(held_out, steps):
-        model = train_tiny.finetune(clips, torch.arange(3000), config, None, recipe, steps, 1e-3, 0,
-                                    torch.device("cpu"), lambda **_: None, "test")
-        return model, train_tiny.percent(train_tiny.predict(model, held_out, "cpu") == held_out.labels)
-
-    model, moving = top1(test_clips, steps=250)
+    model = train_tiny.finetune(clips, torch.arange(3000), config, None, recipe, 250, 1e-3, 0, torch.device("cpu"),
+                                lambda **_: None, "test")
+    moving = train_tiny.percent(train_tiny.predict(model, test_clips, "cpu") == test_clips.labels)
     checks = train_tiny.motion_checks(model, test_clips, "cpu")
-    first = clips.clips[:, :1].clone()
-    for split in (clips, test_clips):
-        split.clips = split.clips[:, :1].expand_as(split.clips)
-    _, still = top1(test_clips, steps=250)
-    print(f"\nwhole clips {moving} %, first frame only {still} %, {checks} (chance 12.5 %)", first.shape)
-    assert moving > 60 and still < 22
-    assert checks["middle_frame_top1"] < 20 and checks["reversed_as_opposite"] > 50
+    print(f"\nwhole clips {moving} %, {checks} (chance 12.5 %)")
+    assert moving > 60 and checks["middle_frame_top1"] < 20 and checks["reversed_as_opposite"] > 50
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,7 +468,7 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
         summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
     first, second = summaries
     assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.03
-    assert [result["labels_per_class"] for result in first["results"]] == [10]
+    assert [result["labels_per_class"] for result in first["results"]] == [2, 10]
     for key in ("finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "middle_frame_top1"):
         assert 0 <= first[key] <= 100
     for summary in summaries:
