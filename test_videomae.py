@@ -3,8 +3,8 @@ silence, clips whose label is motion only, and a training run from start to end.
 
     python -m pytest -q
 
-Needs no network and nothing outside this folder. The live comparison with transformers is skipped where transformers
-is not installed (`pip install -e .[test]` installs it).
+Needs no network. Tests that need transformers or safetensors (the test extra installs both) or the real clips in
+../shared are skipped where those are missing, and say so.
 """
 import json
 import subprocess
@@ -36,6 +36,11 @@ from videomae import (
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # relative, float32
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def relative_error(ours, theirs):
@@ -396,6 +401,25 @@ def test_the_middle_frame_does_not_depend_on_the_label():
         assert all((clips[i, :, frame] != clips[j, :, frame]).any() for i in range(8) for j in range(i))
 
 
+def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
+    """The best cue in one frame is how fine it is. Learned on other clips, it says nothing of the middle frame, and of
+    the first frame less than a zoom's direction for the two zooms would (2 of 8 classes more than chance)."""
+    def fineness(seed, frame):
+        clips = MotionClips(4000, TINY, seed)
+        pixels = clips.clips[:, frame].float()
+        energy = (pixels.diff(dim=-1).square().mean(dim=(1, 2, 3)) + 1).log()
+        return energy, clips.labels
+
+    top1 = {}
+    for frame in (0, TINY.num_frames // 2):
+        (energy, labels), (test_energy, test_labels) = fineness(11, frame), fineness(12, frame)
+        edges = energy.quantile(torch.linspace(0, 1, 21)[1:-1])  # 20 bins, each with its most frequent label
+        counts = torch.zeros(20, 8).index_put((torch.bucketize(energy, edges), labels), torch.ones(4000), True)
+        top1[frame] = train_tiny.percent(counts.argmax(dim=1)[torch.bucketize(test_energy, edges)] == test_labels)
+    print(f"\ntop-1 from the fineness of one frame: {top1}")
+    assert top1[TINY.num_frames // 2] < 15.5 and top1[0] < 30
+
+
 def motion_by_optical_flow(clips):
     """(B, T, C, H, W) uint8 -> (B,) MOTIONS index, without learning: least squares of I_t + u . grad I = 0.
 
@@ -425,12 +449,12 @@ def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
     assert right > 0.7 and reversed_right > 0.7, (right, reversed_right)
 
 
-def test_a_network_reads_the_motion_and_nothing_else(monkeypatch):
+def test_a_network_reads_the_motion_and_not_the_middle_frame(monkeypatch):
     """Trained on whole clips it knows the motions: of a clip run backwards it says the opposite, of the middle frame
-    held still it knows nothing. (Finer textures than train_tiny.py's, so that it learns in seconds.)"""
+    held still it knows nothing. The textures repeat sooner than train_tiny.py's, so that it learns in seconds."""
     make_textures = train_tiny.make_textures
-    monkeypatch.setattr(train_tiny, "make_textures", lambda count, size, g:
-                        make_textures(count, size // 2, g).tile(2, 2))
+    monkeypatch.setattr(train_tiny, "make_textures", lambda count, size, generator:
+                        make_textures(count, size // 2, generator).tile(2, 2))
     clips, test_clips = MotionClips(3000, TINY, seed=4), MotionClips(512, TINY, seed=5)
     config = VideoMAEConfig.preset("tiny", num_labels=len(MOTIONS))
     recipe = dict(train_tiny.RECIPES["embedded"], finetune_batch=32, recolour=False)
@@ -455,8 +479,7 @@ def train_tiny_command(*arguments, cwd):
 
 SHORT = ["--unlabelled-clips", 500, "--test-clips", 64, "--pretrain-steps", 60, "--finetune-steps", 3,
          "--scratch-full-time-steps", 4]
-FILES = {"summary.json", "metrics.jsonl", "curves.png", "reconstruction.png", "table.md", "pretrained.pt",
-         "finetuned.pt"}
+FILES = {"summary.json", "metrics.jsonl", "curves.png", "reconstruction.png", "table.md", "pretrained.pt"}
 
 
 def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
@@ -464,13 +487,14 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     for name in ("a", "b"):
         status, output = train_tiny_command(*SHORT, "--name", name, cwd=tmp_path)
         assert status == 0, output
-        assert {file.name for file in (tmp_path / "runs" / name).iterdir()} == FILES
+        names = {file.name for file in (tmp_path / "runs" / name).iterdir()}
+        assert names == FILES | {"finetuned-2.pt", "finetuned-10.pt"}
         summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
     first, second = summaries
-    assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.03
+    assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.2
     assert [result["labels_per_class"] for result in first["results"]] == [2, 10]
-    for key in ("finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "middle_frame_top1"):
-        assert 0 <= first[key] <= 100
+    assert first.keys() >= {"finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "device",
+                            "labels_per_class", "seed", "seconds", "middle_frame_top1", "reversed_as_opposite"}
     for summary in summaries:
         del summary["seconds"], summary["total_seconds"]
     assert first == second, "the same seed gives the same numbers"
@@ -494,6 +518,8 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask", "diagonal"], "kind: got 'diagonal'"),
     (["--mask-ratio", "1"], "mask_ratio: 1.0 masks 16 of 16"),
+    (["--drop-path", "1"], "drop_path_rate: got 1.0"),
+    (["--seeds", "1", "1"], "--seeds: got [1, 1]"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: 50 asked for"),
 ])
@@ -538,10 +564,10 @@ def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
     assert status == 0, output
     assert "left out" in output and "v_Left_g09_c01.mp4" in output, "the broken file is named"
     assert "train     8 clips: Left 4, Zoom In 4" in output and "held out  2 clips: Left 1, Zoom In 1" in output
-    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES
+    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES | {"finetuned-all.pt"}
     summary = json.loads((tmp_path / "runs/videos/summary.json").read_text())
     assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100
-    cached = list((tmp_path / "runs/cache").iterdir())
+    cached = list((tmp_path / "runs/.cache").iterdir())
     assert len(cached) == 10 and all(file.suffix == ".npy" for file in cached)
 
 

@@ -58,7 +58,7 @@ RECIPES = {
         finetune_batch=32,  # with 16 the loss stays at chance for most of the steps, from scratch and pretrained
         finetune_lr=1e-3,
         scratch_lr=5e-4,  # chosen like the others: from scratch 1e-3 stays at chance for longer
-        scratch_full_time_steps=900,  # so that this row costs what pretraining and fine-tuning for both budgets cost
+        scratch_full_time_steps=900,  # takes as long as a fine-tuning and half of the pretraining: see the table
         drop_path=0.0,
         position_embedding="separable",
         recolour=True,
@@ -89,8 +89,10 @@ WARMUP = 0.05  # share of the steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Embedded clips: a texture that moves as a whole. The label is the motion, and nothing but the motion.
+# Embedded clips: a texture that moves as a whole. The label is the motion. The middle frame is the same whatever the
+# label; towards the ends a zoom makes a frame finer or coarser than most, which tells zoom in from zoom out, no more.
 
+HELD_OUT_SEEDS = {"test": 1_000_001, "val": 1_000_002}  # textures of their own, the same for every --seeds
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "zoom in", "zoom out")  # opposites in pairs
 
 
@@ -144,8 +146,8 @@ def move_textures(textures: Tensor, labels: Tensor, frames: int, size: int, gene
     rotation = uniform(0.15, 0.33, count, generator) * ((labels == 4).float() - (labels == 5).float())
     zoom = uniform(0.075, 0.15, count, generator) * ((labels == 6).float() - (labels == 7).float())
 
-    # Where in the texture each pixel looks: the motion undone, about a random centre. The random base scale keeps a
-    # zoom from being told by how fine its first frame is.
+    # Where in the texture each pixel looks: the motion undone, about a random centre. The random base scale makes it
+    # harder to tell a zoom by how fine its first frame is.
     angle = -rotation[:, None] * time_from_middle  # (B, T)
     scale = torch.exp(uniform(-0.3, 0.3, (count, 1), generator) - zoom[:, None] * time_from_middle)
     cos, sin = scale * angle.cos(), scale * angle.sin()
@@ -209,10 +211,10 @@ def split_folder(folder: Path) -> tuple[list[str], dict[str, list[tuple[Path, in
     return classes, splits
 
 
-def decode(file: Path, short_side: int, cache: Path) -> np.ndarray:
-    """A video -> (frames, H, W, 3) uint8, memory-mapped, short side as given; decoded once, then read from the cache.
+def decode(file: Path, short_side: int, cache: Path) -> Path:
+    """A video -> the .npy file of its (frames, H, W, 3) uint8, short side as given; decoded once, then in the cache.
 
-    The cache is keyed by the file's content and the size. Raises OSError or ValueError for a file without frames.
+    The cache is keyed by the file's content and the size. Raises ValueError for a file that has no readable frames.
     """
     key = hashlib.sha256(file.read_bytes()).hexdigest()[:24]
     cached = cache / f"{key}-{short_side}.npy"
@@ -231,7 +233,7 @@ def decode(file: Path, short_side: int, cache: Path) -> np.ndarray:
         if not frames:
             raise ValueError(f"{file}: has no frames")
         write_whole(cached, lambda temporary: np.save(temporary, np.stack(frames)))
-    return np.load(cached, mmap_mode="r")
+    return cached
 
 
 def write_whole(path: Path, write):
@@ -258,7 +260,7 @@ class VideoClips:
             try:
                 self.videos.append(decode(file, config.image_size, cache))
                 labels.append(label)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 print(f"left out: {error}", file=sys.stderr)
         self.labels = torch.tensor(labels)
         missing = [name for i, name in enumerate(classes) if i not in set(labels)]
@@ -270,8 +272,8 @@ class VideoClips:
         `num_views` times and the centre."""
         clips = []
         for i in indices.tolist():
-            video = self.videos[i]  # (frames, h, w, 3)
-            room = max(len(video) - self.frames * self.stride, 0)
+            video = np.load(self.videos[i], mmap_mode="r")  # (frames, h, w, 3); only what is used is read
+            room = max(len(video) - 1 - (self.frames - 1) * self.stride, 0)
             share = torch.rand((), generator=generator).item() if generator else (view + 0.5) / self.num_views
             times = round(share * room) + self.stride * np.arange(self.frames)
             clip = torch.from_numpy(video[np.minimum(times, len(video) - 1)])  # a short video holds its last frame
@@ -418,9 +420,13 @@ def balanced(predictions: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def mean_features(encoder, clips, indices: Tensor, device) -> Tensor:
-    """(n, D): the encoder's tokens of whole clips, averaged."""
+    """(n, D): the encoder's tokens of whole clips, averaged over tokens and views."""
     encoder.eval()
-    return torch.cat([encoder(normalize(clips.load(chunk).to(device))).last_hidden_state.mean(dim=1).cpu()
+
+    def features(chunk, view):
+        return encoder(normalize(clips.load(chunk, view=view).to(device))).last_hidden_state.mean(dim=1).cpu()
+
+    return torch.cat([sum(features(chunk, view) for view in range(clips.num_views)) / clips.num_views
                       for chunk in indices.split(64)])
 
 
@@ -477,10 +483,21 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, recipe: dict, devi
 
 ROWS = {  # key in summary.json -> row of the table
     "scratch_top1": "from scratch, same fine-tuning budget",
-    "scratch_full_time_top1": "from scratch, the same total time",
+    "scratch_full_time_top1": "from scratch, same total time",
     "linear_probe_top1": "pretrained, linear probe",
     "finetune_top1": "pretrained, fine-tuned",
 }
+
+
+def seconds_per_column(summaries: list[dict]) -> dict[str, str]:
+    """What the training behind each row took for one column of the table; the columns share one pretraining equally."""
+    def mean(stage):
+        return np.mean([seconds for run in summaries for name, seconds in run["seconds"].items()
+                        if name.split(",")[0] == stage])
+
+    share = mean("pretrain") / len(summaries[0]["results"])
+    return {"scratch_top1": f"{mean('scratch'):.0f}", "scratch_full_time_top1": f"{mean('scratch_full_time'):.0f}",
+            "linear_probe_top1": f"{share:.0f}", "finetune_top1": f"{share:.0f} + {mean('finetune'):.0f}"}
 
 
 def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
@@ -508,18 +525,19 @@ def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
 
 
 def table(summaries: list[dict]) -> str:
-    """Markdown: a row per way of training, a column per label budget, top-1 as mean +- std over the runs."""
+    """Markdown: a row per way of training, a column per label budget; top-1, mean +- std over the runs."""
     def cell(values):
         return f"{np.mean(values):.1f}" + (f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
     results = [summary["results"] for summary in summaries]
     budgets = [f"{b['labels_per_class'] or 'all'} labels per class" for b in results[0]]
-    lines = ["| top-1, % | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
+    lines = ["| top-1, % | " + " | ".join(budgets) + " | seconds a column |", "| --- " * (len(budgets) + 2) + "|"]
+    seconds = seconds_per_column(summaries)
     for key, name in ROWS.items():
         cells = [cell([run[b][key] for run in results]) for b in range(len(budgets))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds[key]} |")
     majority = cell([summary["majority_top1"] for summary in summaries])
-    return "\n".join(lines + [f"| always the largest class | {' | '.join([majority] * len(budgets))} |"])
+    return "\n".join(lines + [f"| always the largest class | {' | '.join([majority] * len(budgets))} | |"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,6 +549,8 @@ def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict
     device = pick_device()
     start = time.perf_counter()
     config, train_clips, test_clips = load_data(args, recipe, seed)
+    classifier_config = replace(config, num_labels=len(train_clips.classes), use_mean_pooling=True,
+                                drop_path_rate=recipe["drop_path"])
     subsets = [choose_labelled(train_clips.labels, budget, seed) for budget in recipe["labels_per_class"]]
     folder.mkdir(parents=True)
     describe(config, train_clips, test_clips, recipe, seed, device, folder)
@@ -550,8 +570,6 @@ def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict
     save_model(model, folder / "pretrained.pt")
     draw_reconstruction(model, test_clips, recipe, device, folder / "reconstruction.png")
 
-    classifier_config = replace(config, num_labels=len(train_clips.classes), use_mean_pooling=True,
-                                drop_path_rate=recipe["drop_path"])
     results = []
     for budget, subset in zip(recipe["labels_per_class"], subsets, strict=True):
         result, labels = dict(labels_per_class=budget), test_clips.labels
@@ -567,7 +585,7 @@ def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict
                                classifier_config, encoder, recipe, steps, lr, seed, device, log)
             score(name, predict(classifier, test_clips, device))
             if name == "finetune":
-                save_model(classifier, folder / "finetuned.pt")
+                save_model(classifier, folder / f"finetuned-{budget or 'all'}.pt")
                 if isinstance(test_clips, MotionClips):
                     result.update(motion_checks(classifier, test_clips, device))
         score("linear_probe", linear_probe(model.videomae, train_clips, subset, test_clips, device))
@@ -588,9 +606,11 @@ def run(args: argparse.Namespace, recipe: dict, seed: int, folder: Path) -> dict
 def motion_checks(model, clips: MotionClips, device) -> dict:
     """What the classifier says of clips whose motion was taken away or turned round, in percent."""
     middle = clips.clips.shape[1] // 2
-    frozen = predict(model, clips, device, lambda frames: frames[:, [middle]].expand_as(frames))
+    held_middle = predict(model, clips, device, lambda frames: frames[:, [middle]].expand_as(frames))
+    held_first = predict(model, clips, device, lambda frames: frames[:, [0]].expand_as(frames))
     backwards = predict(model, clips, device, lambda frames: frames.flip(1))
-    return dict(middle_frame_top1=percent(frozen == clips.labels),
+    return dict(middle_frame_top1=percent(held_middle == clips.labels),
+                first_frame_top1=percent(held_first == clips.labels),
                 reversed_as_opposite=percent(backwards == clips.labels ^ 1))  # MOTIONS has opposites side by side
 
 
@@ -600,9 +620,8 @@ def load_data(args, recipe: dict, seed: int):
                                    position_embedding=recipe["position_embedding"])
     random_mask(recipe["mask"], 1, config.grid, recipe["mask_ratio"])  # a bad mask or ratio is an error before the work
     if args.data == "embedded":
-        held_out_seed = {"test": 1_000_001, "val": 1_000_002}[args.evaluate_on]  # textures of their own, for all seeds
         return (config, MotionClips(recipe["unlabelled_clips"], config, seed),
-                MotionClips(recipe["test_clips"], config, held_out_seed))
+                MotionClips(recipe["test_clips"], config, HELD_OUT_SEEDS[args.evaluate_on]))
     if args.evaluate_on == "val":
         raise ValueError("--evaluate-on: a folder has no validation split, expected test")
     classes, splits = split_folder(Path(args.data))
@@ -653,7 +672,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
                                      usage="train_tiny.py [--data FOLDER] [options]")
     parser.add_argument("--name", help="output folder inside --out; must not exist (default: the next free number)")
     parser.add_argument("--out", default="runs", help="where output folders go (runs)")
-    parser.add_argument("--cache", default="runs/cache", help="where decoded videos are kept (runs/cache)")
+    parser.add_argument("--cache", default="runs/.cache", help="where decoded videos are kept (runs/.cache)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a whole run for each, and one table (0)")
     parser.add_argument("--evaluate-on", choices=["test", "val"], default="test", help="embedded clips only (test)")
     group = parser.add_argument_group("recipe", "of the embedded clips; --data FOLDER --help shows that of videos")
@@ -666,6 +685,8 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         group.add_argument("--" + key.replace("_", "-"), default=value, help=f"({shown})", **kind)
     args = parser.parse_args(argv)
+    if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < HELD_OUT_SEEDS["test"] for seed in args.seeds):
+        raise ValueError(f"--seeds: got {args.seeds}, expected different numbers from 0 to a million")
     recipe = {key: getattr(args, key) for key in recipe}
     for key, value in recipe.items():
         zero_is_fine = key in ("drop_path", "labels_per_class") or isinstance(value, bool)
@@ -688,7 +709,8 @@ def fresh_folder(out: Path, name: str | None, prefix: str) -> Path:
 def main(argv=None):
     """The command line; see the top of the file."""
     args, recipe = parse_arguments(argv)
-    folder = fresh_folder(Path(args.out), args.name, "embedded" if args.data == "embedded" else Path(args.data).name)
+    prefix = "embedded" if args.data == "embedded" else Path(args.data).resolve().name
+    folder = fresh_folder(Path(args.out), args.name, prefix)
     folders = [folder / f"seed-{seed}" if len(args.seeds) > 1 else folder for seed in args.seeds]
     summaries = [run(args, recipe, *job) for job in zip(args.seeds, folders, strict=True)]
     metrics = [json.loads(line) for line in open(folders[0] / "metrics.jsonl")]
@@ -702,5 +724,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"train_tiny.py: {error}")

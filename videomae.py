@@ -78,7 +78,7 @@ class VideoMAEConfig:
     decoder_hidden_size: int = 384
     decoder_num_hidden_layers: int = 4
     decoder_intermediate_size: int = 1536
-    norm_pix_loss: bool = True  # predict each cube normalized by its own mean and std (paper, section 4.1)
+    norm_pix_loss: bool = True  # predict each cube normalized by its own mean and std (paper, section 3)
     # Not in transformers' documentation of VideoMAE:
     num_labels: int = 2
     head_norm_eps: float = 1e-5  # eps of the norm before a head (decoder norm, fc_norm); the authors' models: 1e-6
@@ -257,7 +257,7 @@ def denormalize(pixels: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Cubes: the tokens of a video (paper, section 3.1: joint space-time cube embedding)
+# Cubes: the tokens of a video (paper, section 3: joint space-time cube embedding)
 
 
 def patchify(video: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
@@ -277,7 +277,7 @@ def unpatchify(cubes: Tensor, grid: tuple[int, int, int], tubelet_size: int, pat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks (paper, section 3.2)
+# Masks (paper, section 3)
 #
 # Consecutive frames are nearly the same picture. If a cube is hidden at one time but visible at the next, the model can
 # copy instead of understand. A *tube* hides the same place at every time, so what is behind it has to be inferred from
@@ -289,7 +289,7 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_rat
     """(B, N) bool on the CPU, True = masked, a fresh mask per clip with the same count in every clip.
 
     kind "tube": the same int(mask_ratio * H'W') places at every time. The method.
-         "random": int(mask_ratio * N) cubes anywhere.      | The paper's ablation, section 4.3.
+         "random": int(mask_ratio * N) cubes anywhere.      | The paper compares both.
          "frame": all cubes of int(mask_ratio * T') times.  |
     Raises ValueError for an unknown kind, or a ratio that masks nothing or everything.
     Source: the authors' masking_generator.py (tube).
@@ -338,7 +338,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The transformer block (a plain pre-norm ViT; joint attention over space and time, paper section 3.3)
+# The transformer block (a plain pre-norm ViT; joint attention over space and time; paper, section 3)
 
 
 class Attention(nn.Module):
@@ -562,7 +562,7 @@ def cube_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VideoMAEForPreTraining(nn.Module):
-    """Masked autoencoder: encoder -> decoder -> loss on the masked cubes (paper, figure 2).
+    """Masked autoencoder: encoder -> decoder -> loss on the masked cubes (paper, section 3).
 
     As the published checkpoints, give it a config with `use_mean_pooling=False`: the encoder then ends in a norm.
     """
