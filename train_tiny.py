@@ -69,14 +69,14 @@ RECIPES = {
         frame_stride=4,  # 16 frames 4 apart, the authors' for UCF101
         mask="tube",
         mask_ratio=0.75,  # likewise
-        pretrain_steps=400,
+        pretrain_steps=200,
         pretrain_batch=8,
         pretrain_lr=1e-3,
-        finetune_steps=100,
+        finetune_steps=40,
         finetune_batch=8,
         finetune_lr=5e-4,
         scratch_lr=5e-4,
-        scratch_full_time_steps=300,
+        scratch_full_time_steps=120,
         drop_path=0.1,
         position_embedding="separable",
         recolour=False,
@@ -518,7 +518,7 @@ def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
     right.axhline(summaries[0]["majority_top1"], color="grey", linestyle="--", linewidth=1, label="largest class")
     right.set(ylabel="top-1 on held-out clips, %", ylim=(0, 100), title="Labels per class", xticks=range(len(budgets)))
     right.set_xticklabels([str(b) if b else "all" for b in budgets])
-    right.legend(fontsize=7, loc="upper left")
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
