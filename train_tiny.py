@@ -410,6 +410,7 @@ def predict(model, clips, device, change=lambda frames: frames) -> Tensor:
 
 
 def percent(correct: Tensor) -> float:
+    """Share of True, in percent."""
     return round(100 * correct.float().mean().item(), 2)
 
 

@@ -464,6 +464,8 @@ def check_pixel_values(pixel_values: Tensor, config: VideoMAEConfig):
 
 @dataclass
 class BaseModelOutput:
+    """What the encoder gives."""
+
     last_hidden_state: Tensor  # (B, N_vis, D); N_vis = N without a mask
 
 
@@ -543,12 +545,16 @@ class VideoMAEDecoder(nn.Module):
 
 @dataclass
 class VideoMAEForPreTrainingOutput:
+    """What a pretraining step gives."""
+
     loss: Tensor  # () mean squared error over the masked cubes
     logits: Tensor  # (B, N_mask, P) predicted cubes, in increasing order of position
 
 
 @dataclass
 class Reconstruction:
+    """Three videos to look at, see `VideoMAEForPreTraining.reconstruct`."""
+
     original: Tensor  # (B, T, C, H, W) in [0, 1]
     masked: Tensor  # (B, T, C, H, W): the original, masked cubes grey
     reconstruction: Tensor  # (B, T, C, H, W): visible cubes as they are, masked cubes as predicted
@@ -639,6 +645,8 @@ class VideoMAEForPreTraining(nn.Module):
 
 @dataclass
 class ImageClassifierOutput:
+    """What the classifier gives; the name is transformers'."""
+
     loss: Tensor | None  # () cross-entropy, where labels were given
     logits: Tensor  # (B, num_labels)
 
