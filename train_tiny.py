@@ -40,7 +40,7 @@ matplotlib.use("Agg")  # pictures go to files; there may be no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Recipes. "embedded" was chosen on validation clips (--evaluate-on val) and is reported on test clips; "videos" is a
+# Recipes. "embedded" was chosen on validation clips, in a prototype, and is reported on test clips; "videos" is a
 # start that runs on a laptop, chosen for its running time.
 
 RECIPES = {
@@ -58,7 +58,7 @@ RECIPES = {
         finetune_batch=32,  # with 16 the loss stays at chance for most of the steps, from scratch and pretrained
         finetune_lr=1e-3,
         scratch_lr=5e-4,  # chosen like the others: from scratch 1e-3 stays at chance for longer
-        scratch_full_time_steps=1100,  # takes as long as a fine-tuning and half of the pretraining: see the table
+        scratch_full_time_steps=1100,  # about a fine-tuning and half of the pretraining, or longer: see the table
         drop_path=0.0,
         position_embedding="separable",
         recolour=True,
@@ -502,7 +502,7 @@ def seconds_per_column(summaries: list[dict]) -> dict[str, str]:
 
 
 def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
-    """Left: every loss. Right: top-1 by label budget, mean over the runs, one dot per run."""
+    """Left: the losses of the first run. Right: top-1 by label budget, mean over the runs, one dot per run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for stage in dict.fromkeys(m["stage"] for m in metrics):
         points = [(m["step"], m["loss"]) for m in metrics if m["stage"] == stage]

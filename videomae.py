@@ -53,7 +53,7 @@ ACTIVATIONS = {
 class VideoMAEConfig:
     """Every number that shapes the model. Names and defaults are transformers' (ViT-B on 16 x 224 x 224).
 
-    Raises ValueError or TypeError naming the field. `VideoMAEConfig.preset("small")` gives a named size.
+    Raises ValueError naming the field. `VideoMAEConfig.preset("small")` gives a named size.
     """
 
     image_size: int | tuple[int, int] = 224  # one side of a square, or (height, width)
