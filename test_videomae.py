@@ -6,9 +6,18 @@ silence, clips whose label is motion only, and a training run from start to end.
 Needs no network. Tests that need transformers or safetensors (the test extra installs both) or the real clips in
 ../shared are skipped where those are missing, and say so.
 """
+import argparse
+import http.server
 import json
+import logging
+import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +30,8 @@ import train_tiny
 import videomae
 from train_tiny import MOTIONS, MotionClips, VideoClips, move_textures, split_folder
 from videomae import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     VideoMAEConfig,
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
@@ -62,8 +73,13 @@ CONFIGS = {
     "tubelet 4, patch 16": {**SMALL, "tubelet_size": 4, "patch_size": 16, "hidden_act": "gelu_new"},
     "one channel": {**SMALL, "num_channels": 1, "hidden_act": "selu", "use_mean_pooling": False},
     "long": {**SMALL, "num_frames": 16, "image_size": 48, "decoder_num_hidden_layers": 1},
+    "wide": {**SMALL, "image_size": (32, 64), "num_attention_heads": 2, "use_mean_pooling": False},
+    "no bias, raw, token 0": {**SMALL, "qv_bias": False, "norm_pix_loss": False, "use_mean_pooling": False},
+    "ViT-S": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536, decoder_hidden_size=192,
+                  decoder_num_attention_heads=3, decoder_intermediate_size=768),
     "ViT-B": dict(use_mean_pooling=False),
 }
+FULL_SIZE = ("ViT-S", "ViT-B")
 
 
 def their_model(name, kind, **fields):
@@ -71,7 +87,7 @@ def their_model(name, kind, **fields):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(len(name))
     transformers.activations.ACT2FN["selu"] = torch.nn.SELU  # documented for VideoMAE, missing there
-    config = transformers.VideoMAEConfig(**{**CONFIGS[name], **fields})
+    config = transformers.VideoMAEConfig(**{**CONFIGS[name], **fields}, attn_implementation="eager")  # shows attentions
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,7 +97,7 @@ def their_model(name, kind, **fields):
 
 
 def check_same(theirs, ours, inputs):
-    """Every output both give, and the gradient of every parameter, agree; -> the largest relative error."""
+    """Every output, asked for or not, and the gradient of every parameter agree; -> the largest relative error."""
     def convert(tensors):
         tensors = convert_state_dict(tensors)
         if isinstance(ours, VideoMAEModel):
@@ -100,6 +116,17 @@ def check_same(theirs, ours, inputs):
     our_gradients = {name: p.grad for name, p in ours.named_parameters()}
     assert their_gradients.keys() == our_gradients.keys()
     errors |= {name: relative_error(our_gradients[name], g) for name, g in their_gradients.items()}
+    with torch.no_grad():
+        more = dict(output_attentions=True, output_hidden_states=True)
+        their_output, our_output = theirs(**inputs, **more), ours(**inputs, **more)
+        for name in [*names, "hidden_states", "attentions"]:
+            x, y = getattr(our_output, name), their_output[name]
+            for i, pair in enumerate(zip(x, y, strict=True) if isinstance(x, tuple) else [(x, y)]):
+                errors[f"{name} {i}, all asked for"] = relative_error(*pair)
+        names = [name for name in ("loss", "logits", "last_hidden_state") if name in names]
+        plain = ours(**inputs, return_dict=False)
+        assert type(plain) is tuple and all(torch.equal(x, getattr(ours(**inputs), name))
+                                            for x, name in zip(plain, names, strict=True))
     worst = max(errors, key=errors.get)
     assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.1e}"
     return errors[worst]
@@ -114,7 +141,7 @@ def clip_and_mask(config, batch_size=2, kind="random", mask_ratio=0.75):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pretraining_equals_transformers(name):
     config = VideoMAEConfig(**CONFIGS[name])
-    pixel_values, mask = clip_and_mask(config, batch_size=1 if name == "ViT-B" else 2)
+    pixel_values, mask = clip_and_mask(config, batch_size=1 if name in FULL_SIZE else 2)
     error = check_same(their_model(name, "VideoMAEForPreTraining"), VideoMAEForPreTraining(config),
                        dict(pixel_values=pixel_values, bool_masked_pos=mask))
     print(f"\npretraining, {name}: largest relative error {error:.1e}")
@@ -123,15 +150,22 @@ def test_pretraining_equals_transformers(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_classifier_equals_transformers(name):
     config = VideoMAEConfig(**CONFIGS[name], num_labels=5)
-    pixel_values, _ = clip_and_mask(config, batch_size=1 if name == "ViT-B" else 2)
+    pixel_values, _ = clip_and_mask(config, batch_size=1 if name in FULL_SIZE else 2)
     labels = torch.arange(len(pixel_values)) + 1
     theirs = their_model(name, "VideoMAEForVideoClassification", num_labels=5)
     error = check_same(theirs, VideoMAEForVideoClassification(config), dict(pixel_values=pixel_values, labels=labels))
     print(f"\nclassifier, {name}: largest relative error {error:.1e}")
 
 
+def test_regression_equals_transformers():
+    config = VideoMAEConfig(**SMALL, num_labels=1)
+    theirs = their_model("small", "VideoMAEForVideoClassification", num_labels=1)
+    inputs = dict(pixel_values=clip_and_mask(config)[0], labels=torch.tensor([0.3, -2.0]))
+    check_same(theirs, VideoMAEForVideoClassification(config), inputs)
+
+
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "ViT-B"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FULL_SIZE])
 def test_encoder_equals_transformers(name, masked):
     config = VideoMAEConfig(**CONFIGS[name])
     pixel_values, mask = clip_and_mask(config)
@@ -145,11 +179,22 @@ def test_encoder_equals_transformers(name, masked):
 # Same numbers as the published code, from files it made (golden/)
 
 
-def test_pretraining_equals_the_authors_code():
+def authors_file(path, golden, wrapper):
+    """The golden weights as the authors save them: "model" beside the command line, "module", "state_dict" or bare."""
+    (weights,) = golden["checkpoint"].values()
+    content = {wrapper: weights, "epoch": 7, "args": argparse.Namespace(lr=1e-3)} if wrapper else weights
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", ""])
+def test_pretraining_equals_the_authors_code(wrapper, tmp_path):
     golden = torch.load(HERE / "golden/mcg_nju_pretrain_tiny.pt", weights_only=True)
-    config = VideoMAEConfig(**golden["config"], use_mean_pooling=False, head_norm_eps=1e-6)
-    model = VideoMAEForPreTraining(config)
-    model.load_state_dict(convert_state_dict(golden["checkpoint"]["model"]))
+    known = {name: golden["config"][name] for name in
+             ("image_size", "num_frames", "num_attention_heads", "decoder_num_attention_heads")}
+    model = VideoMAEForPreTraining.from_pretrained(authors_file(tmp_path / "checkpoint.pth", golden, wrapper), **known)
+    inferred = {name: getattr(model.config, name) for name in golden["config"]}
+    assert inferred == golden["config"] and not model.config.use_mean_pooling and model.config.head_norm_eps == 1e-6
     pixel_values, mask = normalize(golden["frames"]), golden["bool_masked_pos"]
     output = model(pixel_values, mask)
     model.config.norm_pix_loss = False
@@ -163,10 +208,13 @@ def test_pretraining_equals_the_authors_code():
     assert max(errors.values()) <= TOLERANCE
 
 
-def test_classifier_equals_the_authors_code():
+@pytest.mark.parametrize("prefix", ["", "model."])  # as in the authors' files, and as in VideoMAE V2's on the hub
+def test_classifier_equals_the_authors_code(prefix, tmp_path):
     golden = torch.load(HERE / "golden/mcg_nju_finetune_tiny.pt", weights_only=True)
-    model = VideoMAEForVideoClassification(VideoMAEConfig(**golden["config"], head_norm_eps=1e-6))
-    model.load_state_dict(convert_state_dict(golden["checkpoint"]["module"]))
+    golden["checkpoint"]["module"] = {prefix + name: x for name, x in golden["checkpoint"]["module"].items()}
+    model = VideoMAEForVideoClassification.from_pretrained(
+        authors_file(tmp_path / "checkpoint.pth", golden, "module"), image_size=32, num_frames=8, num_attention_heads=3)
+    assert {name: getattr(model.config, name) for name in golden["config"]} == golden["config"]
     pixel_values = normalize(golden["frames"])
     features = model.fc_norm(model.videomae(pixel_values).last_hidden_state.mean(dim=1))
     errors = {
@@ -177,18 +225,31 @@ def test_classifier_equals_the_authors_code():
     assert max(errors.values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name, kind", [("hf_pretrain_tiny", VideoMAEForPreTraining),
-                                        ("hf_classify_tiny", VideoMAEForVideoClassification)])
-def test_equals_transformers_4(name, kind):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+KINDS = {"hf_pretrain_tiny": VideoMAEForPreTraining, "hf_classify_tiny": VideoMAEForVideoClassification}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_transformers_4(name):
     golden = torch.load(HERE / f"golden/{name}/golden.pt", weights_only=True)
-    fields = json.loads((HERE / f"golden/{name}/config.json").read_text())
-    known = {key: value for key, value in fields.items() if key in VideoMAEConfig.__dataclass_fields__}
-    model = kind(VideoMAEConfig(**known, num_labels=len(fields.get("id2label", [0, 1]))))
-    model.load_state_dict(convert_state_dict(safetensors.load_file(HERE / f"golden/{name}/model.safetensors")))
-    output = model(**golden["inputs"])
-    assert relative_error(output.loss, golden["loss"]) <= TOLERANCE
-    assert relative_error(output.logits, golden["logits"]) <= TOLERANCE
+    model = KINDS[name].from_pretrained(HERE / "golden" / name)
+    more = dict(output_hidden_states=True, output_attentions=True)
+    outputs = {"": model(**golden["inputs"], **more),
+               "head_mask_": model(**golden["inputs"], head_mask=golden["head_mask"])}
+    errors = {key: relative_error(getattr(output, field), golden[key]) for prefix, output in outputs.items()
+              for field in ("loss", "logits") if (key := prefix + field)}
+    hidden_states = list(outputs[""].hidden_states)
+    hidden_states[-1] = model.videomae.norm(hidden_states[-1])  # 4.57 shows the last one normalized, 5.23 does not
+    for field, ours in (("hidden_states", hidden_states), ("attentions", outputs[""].attentions)):
+        pairs = zip(ours, golden[field], strict=True)
+        errors |= {f"{field} {i}": relative_error(*pair) for i, pair in enumerate(pairs)}
+    print(f"\ntransformers 4.57, {name}: largest relative error {max(errors.values()):.1e}")
+    assert max(errors.values()) <= TOLERANCE
+    # A mask of ones is no mask; one row stands for every layer; only what is switched off is.
+    plain = model(**golden["inputs"]).logits
+    assert relative_error(model(**golden["inputs"], head_mask=torch.ones(3)).logits, plain) <= TOLERANCE
+    one_row = torch.tensor([1.0, 0.0, 1.0])
+    assert torch.equal(model(**golden["inputs"], head_mask=one_row).logits,
+                       model(**golden["inputs"], head_mask=one_row.expand(3, 3)).logits)
 
 
 def test_position_table_is_the_published_one():
@@ -200,19 +261,89 @@ def test_position_table_is_the_published_one():
     assert np.array_equal(videomae.position_table(config, 768).numpy(), expected)
 
 
-def test_processor_equals_pillow():
-    """Shortest edge, centre crop, mean and std, against transformers' Pillow processor, within one 8-bit level."""
+def pillow_processor(**fields):
     processing = pytest.importorskip("transformers.models.videomae.image_processing_pil_videomae",
                                      reason="transformers is not installed")
-    theirs, ours = processing.VideoMAEImageProcessorPil(), VideoMAEImageProcessor()
+    return processing.VideoMAEImageProcessorPil(**fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(size={"shortest_edge": 256}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD),
+    dict(size={"height": 100, "width": 130}, crop_size={"height": 96, "width": 128}),
+    dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 48}, resample=3),
+    dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, resample=0),
+    dict(do_center_crop=False), dict(do_resize=False, crop_size={"height": 80, "width": 100}), dict(do_normalize=False),
+    dict(do_rescale=False, do_normalize=False), dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1] * 3),
+], ids=lambda fields: ",".join(fields) or "defaults")
+def test_processor_equals_pillow(fields):
+    """Against transformers' Pillow processor, within one 8-bit level and 0.01 level in the mean."""
+    theirs, ours = pillow_processor(**fields), VideoMAEImageProcessor(**fields)
+    level = np.array(1.0)  # one 8-bit level in the units of the result
+    if ours.do_rescale:
+        level = level * ours.rescale_factor
+    if ours.do_normalize:
+        level = level / np.array(ours.image_std).reshape(3, 1, 1)
     rng = np.random.default_rng(0)
     for height, width in [(240, 320), (500, 281), (224, 224), (113, 150)]:
         coarse = rng.integers(0, 256, (4, height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
         video = list(coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width])
-        expected = theirs(video, return_tensors="pt")["pixel_values"]
-        levels = (ours(video)["pixel_values"] - expected).abs() * 0.5 * 255  # std 0.5
-        assert levels.max() < 1.01, (height, width)
-        assert levels.mean() < 0.01, (height, width)
+        expected = np.asarray(theirs(video, return_tensors="np")["pixel_values"], dtype=np.float64)
+        difference = np.abs(ours(video, return_tensors="np")["pixel_values"].astype(np.float64) - expected) / level
+        assert difference.max() < 1.01 and difference.mean() < 0.01, (height, width)
+
+
+def test_processor_takes_every_kind_of_video():
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (4, 3, 40, 50), dtype=np.uint8)  # (T, C, H, W)
+    last = np.ascontiguousarray(video.transpose(0, 2, 3, 1))
+    processor = VideoMAEImageProcessor(size=32, crop_size=32)
+    expected = processor(last, return_tensors="pt").pixel_values
+    assert expected.shape == (1, 4, 3, 32, 32) and expected.dtype == torch.float32
+    for same in (video, torch.from_numpy(video), list(video), list(torch.from_numpy(last)), video.astype(np.int64),
+                 [Image.fromarray(frame) for frame in last], [list(last)], last[None], [torch.from_numpy(video)]):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+    channels_last = processor(last, return_tensors="np", data_format="channels_last").pixel_values
+    assert np.array_equal(channels_last.transpose(0, 1, 4, 2, 3), expected.numpy())
+
+    small = rng.integers(0, 256, (4, 33, 60, 3), dtype=np.uint8)
+    batch = processor([list(last), list(small)], return_tensors="pt").pixel_values
+    assert torch.equal(batch[:1], expected) and batch.shape == (2, 4, 3, 32, 32)
+    lists = processor([last[:2], small], do_center_crop=False).pixel_values  # lengths and sizes may differ
+    assert [x.shape for x in lists] == [(2, 3, 32, 40), (4, 3, 32, 58)]
+
+    grey = VideoMAEImageProcessor(size=32, crop_size=32, image_mean=(0.5,), image_std=(0.5,))
+    one = grey(last[..., :1], return_tensors="pt").pixel_values
+    assert one.shape == (1, 4, 1, 32, 32)
+    for same in (last[..., 0], [Image.fromarray(frame[..., 0]) for frame in last], video[:, :1]):
+        assert torch.equal(grey(list(same), return_tensors="pt").pixel_values, one)
+
+    # Floats in [0, 1] are not quantized: near the 8-bit path, and no two readings of three channels are confused.
+    floats = processor(last / 255.0, do_rescale=False, return_tensors="pt").pixel_values
+    assert (floats - expected).abs().max() < 1.6 / 255 / 0.5
+    narrow = rng.integers(0, 256, (4, 3, 40, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="input_data_format"):
+        processor(narrow)
+    plain = VideoMAEImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+    assert np.array_equal(plain(narrow, input_data_format="channels_first").pixel_values[0], narrow)
+    assert np.array_equal(plain(narrow, input_data_format="channels_last").pixel_values[0],
+                          narrow.transpose(0, 3, 1, 2))
+
+
+def test_processor_is_saved_and_loaded(tmp_path):
+    processor = VideoMAEImageProcessor.from_pretrained(HERE / "golden/hf_classify_tiny", resample=3)
+    assert (processor.size, processor.crop_size) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
+    assert tuple(processor.image_mean) == IMAGENET_MEAN and processor.resample == 3
+    processor.save_pretrained(tmp_path)
+    assert VideoMAEImageProcessor.from_pretrained(tmp_path) == processor
+    theirs = type(pillow_processor()).from_pretrained(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 60, 50, 3), dtype=np.uint8)
+    expected = theirs(list(frames), return_tensors="pt").pixel_values
+    assert (processor(frames, return_tensors="pt").pixel_values - expected).abs().max() < 1.01 / 255 / 0.2
+    with pytest.raises(ValueError, match="preprocessor_config.json exists already"):
+        processor.save_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +386,7 @@ def test_masks(kind, batch, t, h, w, ratio, seed):
         assert (grid == grid[:, :1]).all(), "the same places at every time"
     if kind == "frame":
         assert (grid == grid[:, :, :1]).all(), "whole frames"
-    visible, masked = split_mask(mask, *mask.shape)
+    visible, masked = split_mask(mask)
     assert not mask.gather(1, visible).any() and mask.gather(1, masked).all()
     for index in (visible, masked):
         assert (index.diff(dim=1) > 0).all(), "in increasing order"
@@ -308,6 +439,415 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: every format in, transformers' out, nothing lost and nothing made up in silence
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def load_safetensors(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
+    model = KINDS[name].from_pretrained(HERE / "golden" / name)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_weights(load_safetensors(tmp_path / "saved/model.safetensors"),
+                        load_safetensors(HERE / "golden" / name / "model.safetensors"))
+    before, after = (json.loads((folder / "config.json").read_text())
+                     for folder in (HERE / "golden" / name, tmp_path / "saved"))
+    assert before.items() <= after.items(), "every field of the file, known here or not"
+    again = KINDS[name].from_pretrained(tmp_path / "saved")
+    assert again.config.to_dict() == model.config.to_dict()
+    assert same_weights(again.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="model.safetensors exists already"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_authors_to_transformers_and_back_is_bit_exact(tmp_path):
+    golden = torch.load(HERE / "golden/mcg_nju_finetune_tiny.pt", weights_only=True)
+    source = authors_file(tmp_path / "checkpoint.pth", golden, "module")
+    known = dict(image_size=32, num_frames=8, num_attention_heads=3)
+    ours = VideoMAEForVideoClassification.from_pretrained(source, **known)
+    ours.save_pretrained(tmp_path / "saved")
+    again = VideoMAEForVideoClassification.from_pretrained(tmp_path / "saved")
+    assert same_weights(again.state_dict(), ours.state_dict()) and again.config.head_norm_eps == 1e-6
+    # An authors' pretraining file too, with the order of the cubes' numbers undone and redone.
+    golden = torch.load(HERE / "golden/mcg_nju_pretrain_tiny.pt", weights_only=True)
+    source = authors_file(tmp_path / "pretrain.pth", golden, "model")
+    known = dict(image_size=32, num_frames=16, num_attention_heads=3, decoder_num_attention_heads=2)
+    ours = VideoMAEForPreTraining.from_pretrained(source, **known)
+    conv = videomae.published_state_dict(ours)["videomae.embeddings.patch_embeddings.projection.weight"]
+    assert torch.equal(conv, golden["checkpoint"]["model"]["encoder.patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize("kind", ["VideoMAEModel", "VideoMAEForPreTraining", "VideoMAEForVideoClassification"])
+def test_transformers_loads_what_is_saved_here(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = VideoMAEConfig(**SMALL, num_labels=3, id2label={0: "walk", 1: "run", 2: "jump"}, extra={"mine": [1, 2]})
+    ours = getattr(videomae, kind)(config).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours.save_pretrained(tmp_path)
+    theirs, report = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert theirs.config.id2label == config.id2label and theirs.config.mine == [1, 2]
+    pixel_values, mask = clip_and_mask(config)
+    inputs = [pixel_values] + [mask] * (kind == "VideoMAEForPreTraining")
+    assert relative_error(ours(*inputs, return_dict=False)[0], theirs(*inputs)[0]) <= TOLERANCE
+    # What transformers 5 writes itself, with its own spelling of the biases, comes back as it went.
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = getattr(videomae, kind).from_pretrained(tmp_path / "theirs")
+    assert same_weights(again.state_dict(), ours.state_dict()) and again.config.id2label == config.id2label
+
+
+def test_both_bias_spellings_shards_and_bin_files(tmp_path):
+    """The same classifier from five kinds of directory; a missing shard is named."""
+    from safetensors.torch import save_file
+
+    golden = HERE / "golden/hf_classify_tiny"
+    weights = load_safetensors(golden / "model.safetensors")
+    new = {n.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): x for n, x in weights.items()}
+    assert new.keys() != weights.keys()
+    names = sorted(weights)
+    for folder in ("spelling", "bin", "shards", "bin-shards"):
+        (tmp_path / folder).mkdir()
+        config = json.loads((golden / "config.json").read_text())
+        if folder == "spelling":
+            config["qv_bias"] = config.pop("qkv_bias")
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    save_file(new, tmp_path / "spelling/model.safetensors")
+    torch.save(weights, tmp_path / "bin/pytorch_model.bin")
+    for folder, whole, save in (("shards", "model.safetensors", save_file),
+                                ("bin-shards", "pytorch_model.bin", torch.save)):
+        stem, suffix = whole.split(".")
+        files = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+        for file, part in files.items():
+            save({name: weights[name] for name in part}, tmp_path / folder / file)
+        index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+        (tmp_path / folder / f"{whole}.index.json").write_text(json.dumps(index))
+    expected = VideoMAEForVideoClassification.from_pretrained(golden).state_dict()
+    for folder in ("spelling", "bin", "shards", "bin-shards"):
+        model = VideoMAEForVideoClassification.from_pretrained(tmp_path / folder)
+        assert same_weights(model.state_dict(), expected), folder
+    (tmp_path / "shards/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors, which .* names, is missing"):
+        VideoMAEForVideoClassification.from_pretrained(tmp_path / "shards")
+
+
+def test_every_weight_is_used_or_named(tmp_path, caplog):
+    """A new head and a dropped decoder are said in one line each; anything else out of place is one error."""
+    golden = HERE / "golden/hf_pretrain_tiny"
+    with caplog.at_level(logging.WARNING, "videomae"):
+        pretrained = VideoMAEForPreTraining.from_pretrained(golden)
+        assert not caplog.messages
+        model = VideoMAEForVideoClassification.from_pretrained(golden, num_labels=7, use_mean_pooling=True)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].endswith("new, to be trained: classifier, fc_norm")
+    assert caplog.messages[1].endswith("not used: decoder, decoder.blocks, decoder.encoder_to_decoder, decoder.head, "
+                                       "decoder.norm, videomae.norm")
+    assert model.config.num_labels == 7 and not model.training
+    encoder = {name: x for name, x in pretrained.videomae.state_dict().items() if not name.startswith("norm.")}
+    assert same_weights(model.videomae.state_dict(), encoder)
+    assert same_weights(VideoMAEModel.from_pretrained(golden).state_dict(), pretrained.videomae.state_dict())
+
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "videomae"):
+        model = VideoMAEForVideoClassification.from_pretrained(HERE / "golden/hf_classify_tiny", num_labels=9)
+    assert len(caplog.messages) == 2 and model.classifier.out_features == 9 and model.config.id2label is None
+    with pytest.raises(ValueError, match="does not fit VideoMAEForPreTraining: missing: decoder.blocks.0"):
+        VideoMAEForPreTraining.from_pretrained(HERE / "golden/hf_classify_tiny")
+
+    weights = load_safetensors(golden / "model.safetensors")
+    weights["mask_tokens"] = weights.pop("mask_token")
+    weights["decoder.norm.bias"] = weights["decoder.norm.bias"][:5]
+    del weights["videomae.encoder.layer.1.attention.attention.v_bias"]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    shutil.copy(golden / "config.json", tmp_path)
+    with pytest.raises(ValueError) as error:
+        VideoMAEForPreTraining.from_pretrained(tmp_path)
+    assert str(error.value).endswith(
+        "missing: decoder.mask_token, videomae.blocks.1.attn.v_bias; unexpected: decoder.mask_tokens; "
+        "of another shape: decoder.norm.bias (5,) instead of (32,)")
+    with pytest.raises(TypeError, match="config_overrides: num_frame is no field"):
+        VideoMAEModel.from_pretrained(golden, num_frame=8)
+
+
+V2 = dict(small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16), huge=(1280, 32, 16), giant=(1408, 40, 16))
+
+
+@pytest.mark.parametrize("name", V2)
+def test_sizes_of_videomae_v2_are_inferred(name):
+    """The shapes of every published size, without its memory, in the layout of VideoMAE V2's files."""
+    width, depth, heads = V2[name]
+    patch_size, hidden = (14, 6144) if name == "giant" else (16, 4 * width)
+    shapes = {"patch_embed.proj.weight": (width, 3, 2, patch_size, patch_size), "patch_embed.proj.bias": (width,),
+              "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (710, width), "head.bias": (710,)}
+    for i in range(depth):
+        block = {"norm1.weight": (width,), "norm1.bias": (width,), "attn.q_bias": (width,), "attn.v_bias": (width,),
+                 "attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+                 "norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (hidden, width),
+                 "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,)}
+        shapes |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
+    state_dict = {f"model.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    config = videomae.infer_config(state_dict)
+    assert config.num_attention_heads == heads and config.num_labels == 710 and config.use_mean_pooling
+    preset = VideoMAEConfig.preset(name)
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size"):
+        assert getattr(config, field) == getattr(preset, field), field
+    with torch.device("meta"):
+        model = VideoMAEForVideoClassification(config)
+    expected = {key: x.shape for key, x in model.state_dict().items()}
+    assert {key: x.shape for key, x in convert_state_dict(state_dict).items()} == expected
+
+
+def test_videomae_v2_directory_of_the_hub(tmp_path):
+    """Its own kind of config.json, a "model." in front of every name, no head. Cosine attention is refused."""
+    from safetensors.torch import save_file
+
+    golden = torch.load(HERE / "golden/mcg_nju_finetune_tiny.pt", weights_only=True)
+    weights = {f"model.{n}": x for n, x in golden["checkpoint"]["module"].items() if not n.startswith("head.")}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "VideoMAEv2_Base", "model_config": {"img_size": 32, "num_frames": 8, "num_heads": 3}}))
+    model = VideoMAEForVideoClassification.from_pretrained(tmp_path)
+    features = model.fc_norm(model.videomae(normalize(golden["frames"])).last_hidden_state.mean(dim=1))
+    assert relative_error(features, golden["pooled_features"]) <= TOLERANCE
+    save_file({**weights, "model.blocks.0.attn.scale": torch.ones(3, 1, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="blocks.0.attn.scale belongs to a model with cosine attention"):
+        VideoMAEModel.from_pretrained(tmp_path)
+
+
+class Bomb:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """name -> (file, what is said of it)."""
+    golden = torch.load(HERE / "golden/mcg_nju_pretrain_tiny.pt", weights_only=True)
+    good = authors_file(tmp_path / "good.pth", golden, "model").read_bytes()
+    safetensors = (HERE / "golden/hf_pretrain_tiny/model.safetensors").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
+    contents = {
+        "empty.pth": (b"", "not a checkpoint that can be read"),
+        "truncated.pth": (good[: len(good) // 2], "not a checkpoint that can be read"),
+        "flipped.pth": (bytes(flipped), "does not match its checksum"),
+        "text.pth": (b"<html>404 not found</html>", "not a checkpoint that can be read"),
+        "code.pth": (pickle.dumps({"model": Bomb(tmp_path / "executed")}, 2), "system, which is not executed"),
+        "truncated.safetensors": (safetensors[: len(safetensors) // 2], "not a whole safetensors file"),
+        "text.safetensors": (b"not tensors", "not a whole safetensors file"),
+    }
+    files = {}
+    for name, (content, message) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        files[name] = tmp_path / name, message
+    torch.save({"model": {"weight": Bomb(tmp_path / "executed")}}, tmp_path / "zipped code.pth")
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "no weights.pth")
+    return files | {"zipped code.pth": (tmp_path / "zipped code.pth", "system, which is not executed"),
+                    "list.pth": (tmp_path / "list.pth", "holds no state dict"),
+                    "no weights.pth": (tmp_path / "no weights.pth", "holds no state dict")}
+
+
+def test_bad_files_are_refused_by_name_and_never_executed(bad_files, tmp_path):
+    for name, (file, message) in bad_files.items():
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            VideoMAEForPreTraining.from_pretrained(file)
+        assert name in str(error.value) and "weights_only" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ValueError, match="source: nowhere.pth is not a file, a directory or a hub id"):
+        VideoMAEModel.from_pretrained("nowhere.pth")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="source: there is no config.json in"):
+        VideoMAEModel.from_pretrained(tmp_path / "empty")
+    shutil.copy(HERE / "golden/hf_pretrain_tiny/config.json", tmp_path / "empty")
+    with pytest.raises(ValueError, match="source: no model.safetensors and no pytorch_model.bin"):
+        VideoMAEModel.from_pretrained(tmp_path / "empty")
+
+
+def videomae_command(*arguments, env=None):
+    """python videomae.py ... -> (exit status, stdout + stderr)."""
+    process = subprocess.run([sys.executable, HERE / "videomae.py", *map(str, arguments)], capture_output=True,
+                             text=True, timeout=120, env={**os.environ, **(env or {})})
+    return process.returncode, process.stdout + process.stderr
+
+
+def test_inspect_and_convert_from_the_shell(bad_files, tmp_path):
+    for name, kind in KINDS.items():
+        status, output = videomae_command("inspect", HERE / "golden" / name)
+        assert status == 0 and kind.__name__ in output and "none all zero" in output, output
+    known = ["num_attention_heads=3", "decoder_num_attention_heads=2", "image_size=32"]
+    status, output = videomae_command("convert", tmp_path / "good.pth", tmp_path / "new", *known)
+    assert status == 0 and {file.name for file in (tmp_path / "new").iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json"}, output
+    golden = torch.load(HERE / "golden/mcg_nju_pretrain_tiny.pt", weights_only=True)
+    model = VideoMAEForPreTraining.from_pretrained(tmp_path / "new")
+    logits = model(normalize(golden["frames"]), golden["bool_masked_pos"]).logits
+    assert relative_error(logits, golden["logits"]) <= TOLERANCE
+    assert tuple(VideoMAEImageProcessor.from_pretrained(tmp_path / "new").image_mean) == IMAGENET_MEAN
+    for arguments, message in [(("inspect", tmp_path / "code.pth"), "which is not executed"),
+                               (("convert", tmp_path / "good.pth", tmp_path / "new", *known), "exists already"),
+                               (("inspect", tmp_path / "good.pth"), "num_attention_heads: a width of 48")]:
+        status, output = videomae_command(*arguments)
+        assert status == 1 and message in output and "Traceback" not in output, output
+    assert not (tmp_path / "executed").exists()
+
+
+def test_hub_ids(tmp_path):
+    """Against a server on this machine that answers as the hub does; then the cache, without any server."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            repo, _, filename = self.path.partition("/resolve/main/")
+            file = HERE / "golden/hf_classify_tiny" / filename
+            found = repo == "/someone/tiny" and file.is_file()
+            body = file.read_bytes() if found else b""
+            self.send_response(200 if found else 404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{filename}"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    status, output = videomae_command("convert", "someone/tiny", tmp_path / "new", env=env)
+    server.shutdown()
+    server.server_close()
+    assert status == 0, output
+    assert same_weights(load_safetensors(tmp_path / "new/model.safetensors"),
+                        load_safetensors(HERE / "golden/hf_classify_tiny/model.safetensors"))
+    status, output = videomae_command("inspect", "someone/tiny", env=env | {"HF_HUB_OFFLINE": "1"})
+    assert status == 0, output
+    status, output = videomae_command("inspect", "someone/other", env=env | {"HF_HUB_OFFLINE": "1"})
+    assert status == 1 and "someone/other is no file or directory here" in output and "Traceback" not in output
+
+
+def test_without_safetensors_or_the_hub_it_is_said_what_to_install(monkeypatch):
+    for package, source in (("safetensors", HERE / "golden/hf_pretrain_tiny"), ("huggingface_hub", "someone/tiny")):
+        for module in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"pip install {package}"):
+            VideoMAEModel.from_pretrained(source)
+
+
+@pytest.mark.hub
+def test_published_weights():
+    """The values that transformers' own tests check, on the published weights. About 1 GB is downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    video = np.load(hf_hub_download("hf-internal-testing/spaghetti-video", "eating_spaghetti.npy", repo_type="dataset"))
+    pixel_values = VideoMAEImageProcessor()(list(video), return_tensors="pt").pixel_values
+    model = VideoMAEForVideoClassification.from_pretrained("MCG-NJU/videomae-base-finetuned-kinetics")
+    logits = model(pixel_values).logits
+    assert logits.shape == (1, 400)
+    assert torch.allclose(logits[0, :3], torch.tensor([0.3669, -0.0688, -0.2421]), atol=2e-4)
+    mask = torch.load(hf_hub_download("hf-internal-testing/bool-masked-pos", "bool_masked_pos.pt"), weights_only=True)
+    expected = torch.tensor([[0.7994, 0.9612, 0.8508], [0.7401, 0.8958, 0.8302], [0.5862, 0.7468, 0.7325]])
+    for norm_pix_loss, loss in ((True, 0.5142), (False, 0.6469)):
+        model = VideoMAEForPreTraining.from_pretrained("MCG-NJU/videomae-base-short", norm_pix_loss=norm_pix_loss)
+        output = model(pixel_values, mask.view(1, -1))
+        assert output.logits.shape == (1, 1408, 1536) and abs(output.loss.item() - loss) < 1e-4
+        if norm_pix_loss:
+            assert torch.allclose(output.logits[0, :3, :3], expected, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beyond the published interface
+
+
+def test_clips_of_another_length_or_size():
+    """Positions are made anew or interpolated, as the caller names it; neither is chosen in silence."""
+    golden = HERE / "golden/hf_pretrain_tiny"  # 8 frames of 32 x 32: a grid of (4, 4, 4)
+    pixel_values = torch.randn(1, 12, 3, 64, 32)
+    larger = dict(num_frames=12, image_size=(64, 32))
+    with pytest.raises(ValueError, match=r"position_grid: the clips' grid changes from \(4, 4, 4\) to \(6, 8, 4\)"):
+        VideoMAEModel.from_pretrained(golden, **larger)
+    new = VideoMAEModel.from_pretrained(golden, **larger, position_grid=None)
+    assert torch.equal(new.positions, videomae.position_table(VideoMAEConfig(**{**SMALL, **larger}), 48))
+    interpolated = VideoMAEForPreTraining.from_pretrained(golden, **larger, position_grid=(4, 4, 4))
+    old = VideoMAEModel.from_pretrained(golden).positions.view(4, 4, 4, 48)
+    grid = interpolated.videomae.positions.view(6, 8, 4, 48)
+    corners = torch.tensor([0, -1])
+    for axis in range(3):  # corners stay what they were; between them the table runs from one to the other
+        old, grid = (table.index_select(axis, corners % table.shape[axis]) for table in (old, grid))
+    assert torch.allclose(grid, old, atol=1e-6)
+    assert new(pixel_values).last_hidden_state.shape == (1, 192, 48)
+    mask = random_mask("tube", 1, (6, 8, 4), 0.75)
+    assert interpolated(pixel_values, mask).logits.shape == (1, 144, 384)
+    assert torch.equal(videomae.position_table(VideoMAEConfig(**SMALL, position_grid=(4, 4, 4)), 48),
+                       videomae.position_table(VideoMAEConfig(**SMALL), 48))
+
+
+def test_interpolated_positions_survive_saving(tmp_path, caplog):
+    golden = HERE / "golden/hf_pretrain_tiny"
+    model = VideoMAEModel.from_pretrained(golden, num_frames=12, position_grid=(4, 4, 4))
+    with caplog.at_level(logging.WARNING, "videomae"):
+        model.save_pretrained(tmp_path)
+    assert "transformers does not know position_grid=(4, 4, 4)" in caplog.messages[-1]
+    assert torch.equal(VideoMAEModel.from_pretrained(tmp_path).positions, model.positions)
+
+
+def test_pretraining_step_compiles_to_one_graph_and_reads_no_value_back():
+    """fullgraph=True refuses a graph break. Fake tensors have no values: code that reads one, as a copy from a GPU
+    would, raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = VideoMAEConfig(**SMALL, use_mean_pooling=False, drop_path_rate=0.1)
+    model = VideoMAEForPreTraining(config).eval()
+    pixel_values, mask = clip_and_mask(config, kind="tube")
+    expected = model(pixel_values, mask).loss
+    expected.backward()
+    gradient = model.videomae.embed.weight.grad.clone()
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values, split_mask(mask)).loss
+    loss.backward()
+    assert relative_error(loss, expected) <= TOLERANCE
+    assert relative_error(model.videomae.embed.weight.grad, gradient) <= TOLERANCE
+
+    model.train()
+    pair = split_mask(mask)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        pixel_values, mask, *pair = (fake.from_tensor(x) for x in (pixel_values, mask, *pair))
+        model(pixel_values, tuple(pair)).loss.backward()
+        with pytest.raises(Exception, match="_local_scalar_dense|data-dependent|nonzero"):
+            model(pixel_values, mask)
+
+
+def test_classifier_is_exported():
+    """torch.export with any batch size; the program gives the model's numbers."""
+    model = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL, num_labels=5)).eval()
+    pixel_values, _ = clip_and_mask(model.config, batch_size=3)
+    program = torch.export.export(model, (pixel_values[:2],), dynamic_shapes={
+        "pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}})
+    assert torch.allclose(program.module()(pixel_values).logits, model(pixel_values).logits, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: an error that names the argument, before any work is done
 
 
@@ -346,8 +886,11 @@ def test_models_refuse_wrong_inputs():
         ((clip[0], mask), ValueError, "pixel_values: got shape"),
         ((clip, mask.int()), TypeError, "bool_masked_pos: got torch.int32"),
         ((clip, None), TypeError, "bool_masked_pos: got NoneType"),
-        ((clip, mask[:1]), ValueError, "bool_masked_pos: got shape"),
-        ((clip, mask[:, 1:]), ValueError, "bool_masked_pos: got shape"),
+        ((clip, mask[:1]), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
+        ((clip, torch.cat([mask, mask], dim=1)), ValueError, "bool_masked_pos: got 128 cubes for 2 clips"),
+        ((clip, split_mask(mask[:1])), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
+        ((clip, mask[0]), ValueError, "bool_masked_pos: got shape"),
+        ((clip, mask, torch.ones(2)), ValueError, "head_mask: got shape"),
         ((clip, uneven), ValueError, r"bool_masked_pos: got \[47, 49\] masked cubes"),
         ((clip, torch.ones_like(mask)), ValueError, "bool_masked_pos: every cube"),
         ((clip, torch.zeros_like(mask)), ValueError, "bool_masked_pos: no cube"),
@@ -357,6 +900,8 @@ def test_models_refuse_wrong_inputs():
             model(*inputs)
     with pytest.raises(ValueError, match="labels: got torch.float32"):
         VideoMAEForVideoClassification(config)(clip, labels=torch.zeros(2))
+    with pytest.raises(ValueError, match="labels: got torch.int64 .* regression"):
+        VideoMAEForVideoClassification(replace(config, num_labels=1))(clip, labels=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(TypeError, match="frames: got torch.float32"):
         normalize(clip)
     with pytest.raises(ValueError, match="state_dict: no cube embedding"):
@@ -366,20 +911,30 @@ def test_models_refuse_wrong_inputs():
 
 
 def test_processor_refuses_wrong_inputs():
+    from PIL import Image
+
     processor = VideoMAEImageProcessor(size=32, crop_size=32)
     frame = np.zeros((40, 50, 3), dtype=np.uint8)
     cases = [
-        ([], ValueError, "videos: got none"),
-        ([frame / 255.0] * 4, TypeError, "videos: got frames of float64"),
-        ([frame[..., :1]] * 4, ValueError, r"videos: got frames of shapes \[\(40, 50, 1\)\]"),
-        ([frame, frame[:30]], ValueError, r"videos: got frames of shapes \[\(30, 50, 3\), \(40, 50, 3\)\]"),
-        ([[frame] * 4, [frame] * 3], ValueError, r"videos: got clips of \[4, 3\] frames"),
+        ([], {}, ValueError, "videos: got list, expected one video or several"),
+        ([frame == 0] * 4, {}, TypeError, "videos: got frames of torch.bool"),
+        ([frame + 0.5] * 4, {}, ValueError, "do_rescale: got float frames within"),
+        ([frame.astype(int) + 256] * 4, {}, ValueError, "videos: got integers from 256 to 256"),
+        ([frame[..., :2]] * 4, {}, ValueError, r"videos: got frames of shape \(40, 50, 2\), expected 1 or 3"),
+        ([frame] * 4, dict(input_data_format="channels_first"), ValueError, "videos: got frames of shape"),
+        ([frame, frame[:30]], {}, ValueError, r"videos: got frames of shapes \[\(30, 50, 3\), \(40, 50, 3\)\]"),
+        ([[frame] * 4, [frame] * 3], dict(return_tensors="pt"), ValueError, "videos: got clips that end as"),
+        ([Image.fromarray(frame).convert("P")] * 4, {}, ValueError, "videos: got a PIL image of mode P"),
+        ([frame[..., :1]] * 4, {}, ValueError, "image_mean: got .* for frames of 1 channels"),
+        ([frame] * 4, dict(crop_size=48), ValueError, "crop_size: 48 x 48"),
+        ([frame] * 4, dict(resample=1), ValueError, "resample: got 1"),
+        ([frame] * 4, dict(size={"longest_edge": 3}), ValueError, "size: got"),
+        ([frame] * 4, dict(return_tensors="tf"), ValueError, "return_tensors: got 'tf'"),
+        ([frame] * 4, dict(data_format="NCHW"), ValueError, "data_format: got 'NCHW'"),
     ]
-    for videos, error, message in cases:
+    for videos, options, error, message in cases:
         with pytest.raises(error, match=message):
-            processor(videos)
-    with pytest.raises(ValueError, match="crop_size: 48 x 48"):
-        VideoMAEImageProcessor(size=32, crop_size=48)([frame] * 4)
+            processor(videos, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
