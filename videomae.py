@@ -972,9 +972,8 @@ TRANSFORMERS_NAMES = [
     ("output.dense.", "mlp.fc2."),
     ("layernorm.", "norm."),
 ]
-# (pattern, ours) for what the authors' files, and those of VideoMAE V2, call otherwise; loading only.
+# (pattern, ours), replaced after those: the authors' names, also VideoMAE V2's, and what else there is. Loading only.
 OTHER_NAMES = [
-    (r"^(model|module)\.", ""),  # wrappers the weights were saved in
     (r"query\.bias", "q_bias"),  # a model built in transformers 5; every file on the hub has q_bias
     (r"value\.bias", "v_bias"),
     (r"^encoder\.", "videomae."),
@@ -997,11 +996,10 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     out = {}
     for name, tensor in state_dict.items():
-        for pattern, replacement in OTHER_NAMES[:1]:
-            name = re.sub(pattern, replacement, name)
+        name = re.sub(r"^(model|module)\.", "", name)  # wrappers the weights were saved in
         for theirs, ours in TRANSFORMERS_NAMES:
             name = name.replace(theirs, ours)
-        for pattern, replacement in OTHER_NAMES[1:]:
+        for pattern, replacement in OTHER_NAMES:
             name = re.sub(pattern, replacement, name)
         out[name] = tensor
     cosine = [name for name in out if name.endswith(("attn.scale", "attn.logit_scale"))]
@@ -1062,7 +1060,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors save their command line beside
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).split("\n")[0] or "it ends early"
+        reason = re.split(r"\n|\. ", str(error))[0] or "it ends early"
         if isinstance(error, pickle.UnpicklingError):  # torch's own message proposes to run what is in the file
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {code[1]}, which is not executed" if code else "it is no pickle of tensors"
@@ -1170,9 +1168,13 @@ def make_config(state_dict: dict[str, Tensor], values: dict | None, overrides: d
         raise TypeError(f"config_overrides: {', '.join(sorted(unknown))} is no field of VideoMAEConfig")
     if values is None or "model_config" in values:  # the hub's VideoMAE V2 has its own kind of config.json
         v2 = (values or {}).get("model_config", {})
-        known = {"image_size": v2.get("img_size"), "num_frames": v2.get("num_frames"),
-                 "num_attention_heads": v2.get("num_heads")}
-        return infer_config(state_dict, **{name: x for name, x in known.items() if x is not None} | overrides)
+        names = {"img_size": "image_size", "num_frames": "num_frames", "num_heads": "num_attention_heads"}
+        overrides = {names[name]: x for name, x in v2.items() if name in names} | overrides
+        config = infer_config(state_dict, **overrides)
+        if assumed := [name for name in ("num_frames", "image_size") if name not in overrides]:
+            logger.warning("the weights do not tell, assumed: "
+                           + ", ".join(f"{name}={getattr(config, name)}" for name in assumed))
+        return config
     if values.get("model_type", "videomae") != "videomae":
         raise ValueError(f"source: config.json says model_type {values['model_type']!r}, expected 'videomae'")
     if "num_labels" in overrides:  # the names are not those of the new labels
@@ -1281,8 +1283,8 @@ def inspect_checkpoint(source: str, overrides: dict):
     """Print what a checkpoint is and whether it is sound. Raises ValueError as `load_pretrained` does."""
     state_dict, values = read_checkpoint(source)
     cls = model_class(state_dict)
-    config = make_config(state_dict, values, overrides)
     model = cls.from_pretrained(source, **overrides)
+    config = model.config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     presets = [name for name in PRESETS
                if all(getattr(VideoMAEConfig.preset(name), size) == getattr(config, size) for size in sizes)]
