@@ -7,6 +7,7 @@ Needs no network. Tests that need transformers or safetensors (the test extra in
 ../shared are skipped where those are missing, and say so.
 """
 import argparse
+import contextlib
 import http.server
 import json
 import logging
@@ -14,9 +15,13 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -710,20 +715,17 @@ def test_inspect_and_convert_from_the_shell(bad_files, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_hub_ids(tmp_path):
-    """Against a server on this machine that answers as the hub does; then the cache, without any server."""
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-
+@contextlib.contextmanager
+def hub_server(folder):
+    """A server on this machine that answers as the hub does: folder/owner/name/resolve/main/file -> the environment."""
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            repo, _, filename = self.path.partition("/resolve/main/")
-            file = HERE / "golden/hf_classify_tiny" / filename
-            found = repo == "/someone/tiny" and file.is_file()
-            body = file.read_bytes() if found else b""
-            self.send_response(200 if found else 404)
+            file = folder / self.path.lstrip("/")
+            body = file.read_bytes() if file.is_file() else b""
+            self.send_response(200 if file.is_file() else 404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", f'"{filename}"')
+            self.send_header("ETag", f'"{file.name}"')
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
@@ -736,11 +738,19 @@ def test_hub_ids(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    status, output = videomae_command("convert", "someone/tiny", tmp_path / "new", env=env)
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+           "no_proxy": "127.0.0.1"}
     server.shutdown()
     server.server_close()
+
+
+def test_hub_ids(tmp_path):
+    """Downloaded from a server that answers as the hub does; then from the cache, without any server."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    shutil.copytree(HERE / "golden/hf_classify_tiny", tmp_path / "hub/someone/tiny/resolve/main")
+    with hub_server(tmp_path / "hub") as env:
+        env["HF_HOME"] = str(tmp_path / "home")
+        status, output = videomae_command("convert", "someone/tiny", tmp_path / "new", env=env)
     assert status == 0, output
     assert same_weights(load_safetensors(tmp_path / "new/model.safetensors"),
                         load_safetensors(HERE / "golden/hf_classify_tiny/model.safetensors"))
@@ -1009,7 +1019,7 @@ def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
     assert right > 0.7 and reversed_right > 0.7, (right, reversed_right)
 
 
-def test_a_network_reads_the_motion_and_not_the_middle_frame(monkeypatch):
+def test_a_network_reads_the_motion_and_not_the_middle_frame(monkeypatch, tmp_path):
     """Trained on whole clips it knows the motions: of a clip run backwards it says the opposite, of the middle frame
     held still it knows nothing. The textures repeat sooner than train_tiny.py's, so that it learns in seconds."""
     make_textures = train_tiny.make_textures
@@ -1017,10 +1027,11 @@ def test_a_network_reads_the_motion_and_not_the_middle_frame(monkeypatch):
                         make_textures(count, size // 2, generator).tile(2, 2))
     clips, test_clips = MotionClips(3000, TINY, seed=4), MotionClips(512, TINY, seed=5)
     config = VideoMAEConfig.preset("tiny", num_labels=len(MOTIONS))
-    recipe = dict(train_tiny.RECIPES["embedded"], finetune_batch=32, recolour=False)
-    model = train_tiny.finetune(clips, torch.arange(3000), config, None, recipe, 250, 1e-3, 0, torch.device("cpu"),
-                                lambda **_: None, "test")
-    moving = train_tiny.percent(train_tiny.predict(model, test_clips, "cpu") == test_clips.labels)
+    recipe = train_tiny.RECIPES["embedded"] | {"recolour": False}
+    run = train_tiny.Run(tmp_path, 0, recipe, torch.device("cpu"))
+    model = VideoMAEForVideoClassification(config)
+    train_tiny.finetune(run, clips, torch.arange(3000), model, "test", 250, 8e-3, 1.0)
+    moving = train_tiny.percent(train_tiny.probabilities(model, test_clips, "cpu").argmax(dim=1) == test_clips.labels)
     checks = train_tiny.motion_checks(model, test_clips, "cpu")
     print(f"\nwhole clips {moving} %, {checks} (chance 12.5 %)")
     assert moving > 60 and checks["middle_frame_top1"] < 20 and checks["reversed_as_opposite"] > 50
@@ -1030,16 +1041,26 @@ def test_a_network_reads_the_motion_and_not_the_middle_frame(monkeypatch):
 # train_tiny.py from start to end, as a user runs it
 
 
-def train_tiny_command(*arguments, cwd):
+def train_tiny_command(*arguments, cwd, processes=1, timeout=120):
     """-> (exit status, stdout + stderr)."""
-    process = subprocess.run([sys.executable, str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=cwd,
-                             capture_output=True, text=True, timeout=120)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    process = subprocess.run([sys.executable, *launcher, str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=cwd,
+                             capture_output=True, text=True, timeout=timeout)
     return process.returncode, process.stdout + process.stderr
+
+
+def losses(folder):
+    """metrics.jsonl -> {(stage, step): loss}; every step is there once."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = {(m["stage"], m["step"]): m["loss"] for m in metrics}
+    assert len(result) == len(metrics)
+    return result
 
 
 SHORT = ["--unlabelled-clips", 500, "--test-clips", 64, "--pretrain-steps", 60, "--finetune-steps", 3,
          "--scratch-full-time-steps", 4]
-FILES = {"summary.json", "metrics.jsonl", "curves.png", "reconstruction.png", "table.md", "pretrained.pt"}
+FILES = {"summary.json", "metrics.jsonl", "results.json", "settings.json", "table.md", "curves.png", "confusion.png",
+         "reconstruction.png", "reconstruction.gif", "pretrained"}
 
 
 def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
@@ -1048,7 +1069,7 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
         status, output = train_tiny_command(*SHORT, "--name", name, cwd=tmp_path)
         assert status == 0, output
         names = {file.name for file in (tmp_path / "runs" / name).iterdir()}
-        assert names == FILES | {"finetuned-2.pt", "finetuned-10.pt"}
+        assert names == FILES | {"finetuned-2", "finetuned-10"}
         summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
     first, second = summaries
     assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.2
@@ -1056,21 +1077,28 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     assert first.keys() >= {"finetune_top1", "scratch_top1", "scratch_full_time_top1", "linear_probe_top1", "device",
                             "labels_per_class", "seed", "seconds", "middle_frame_top1", "reversed_as_opposite"}
     for summary in summaries:
-        del summary["seconds"], summary["total_seconds"]
+        del summary["seconds"], summary["total_seconds"], summary["data_wait"]
     assert first == second, "the same seed gives the same numbers"
+    assert losses(tmp_path / "runs/a") == losses(tmp_path / "runs/b")
 
-    # The saved model is the trained one: it reconstructs held-out clips with the loss of the end of training.
-    saved = torch.load(tmp_path / "runs/a/pretrained.pt", weights_only=True)
-    model = VideoMAEForPreTraining(VideoMAEConfig(**saved["config"]))
-    model.load_state_dict(saved["state_dict"])
+    # The saved models are the trained ones: held-out clips are reconstructed with the loss of the end of training, and
+    # the fine-tuned one, evaluated on its own, scores what the run said.
+    model = VideoMAEForPreTraining.from_pretrained(tmp_path / "runs/a/pretrained")
     pixel_values = normalize(MotionClips(64, TINY, seed=9).clips)
     loss = model(pixel_values, random_mask("tube", 64, TINY.grid, 0.75)).loss.item()
     assert abs(loss - first["pretrain_loss_last"]) < 0.05
+    status, output = train_tiny_command("eval", "--init", "runs/a/finetuned-10", "--test-clips", 64,
+                                        "--unlabelled-clips", 500, "--name", "eval", cwd=tmp_path)
+    assert status == 0, output
+    assert json.loads((tmp_path / "runs/eval/summary.json").read_text())["top1"] == first["finetune_top1"]
 
-    before = {file: file.read_bytes() for file in (tmp_path / "runs/a").iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs/a").rglob("*")}
     status, output = train_tiny_command(*SHORT, "--name", "a", cwd=tmp_path)
     assert status != 0 and "--name" in output and "exists already" in output
-    assert before == {file: file.read_bytes() for file in (tmp_path / "runs/a").iterdir()}
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs/a").rglob("*")}
+    (tmp_path / "runs/mine").mkdir()
+    status, output = train_tiny_command(*SHORT, "--name", "mine", "--overwrite", cwd=tmp_path)
+    assert status != 0 and (tmp_path / "runs/mine").is_dir(), "only a run of this script is overwritten"
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -1078,10 +1106,16 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask", "diagonal"], "kind: got 'diagonal'"),
     (["--mask-ratio", "1"], "mask_ratio: 1.0 masks 16 of 16"),
-    (["--drop-path", "1"], "drop_path_rate: got 1.0"),
+    (["--drop-path", "1"], "--drop-path: got 1.0, expected 0 to below 1"),
     (["--seeds", "1", "1"], "--seeds: got [1, 1]"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: 50 asked for"),
+    (["--accumulate", "5"], "--pretrain-batch: got 48, expected a multiple of 5"),
+    (["--precision", "fp8"], "--precision: got 'fp8'"),
+    (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),
+    (["eval"], "--init: eval needs a model"),
+    (["predict", "--init", "nowhere"], "VIDEO: got 0 for predict"),
+    (["finetune", "--init", "nowhere"], "source: nowhere is not a file"),
 ])
 def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path):
     status, output = train_tiny_command(*arguments, cwd=tmp_path)
@@ -1089,17 +1123,77 @@ def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
-def write_video(path, frames, rate=25):
-    """frames (T, H, W, 3) uint8 -> an MPEG-4 file."""
+TOY = ["--unlabelled-clips", 96, "--test-clips", 16, "--pretrain-steps", 60, "--finetune-steps", 20,
+       "--scratch-full-time-steps", 6, "--labels-per-class", 2, "--pretrain-batch", 16, "--finetune-batch", 16,
+       "--drop-path", 0.2, "--checkpoint-every", 4]
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(tmp_path):
+    """kill -9, five times, each after some more steps than the last; then Ctrl-C; then to the end."""
+    status, output = train_tiny_command(*TOY, "--name", "whole", cwd=tmp_path)
+    assert status == 0, output
+    expected = losses(tmp_path / "runs/whole")
+    assert len(expected) == 60 + 20 + 20 + 6
+    rng = np.random.default_rng()  # another moment in every run of this test
+    arguments, metrics = [*TOY, "--name", "killed"], tmp_path / "runs/killed/metrics.jsonl"
+    for kill in range(6):
+        process = subprocess.Popen([sys.executable, str(HERE / "train_tiny.py"), *map(str, arguments)], cwd=tmp_path,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while process.poll() is None and not (
+                metrics.exists() and len(metrics.read_text().splitlines()) >= min(10 * (kill + 1), 95)):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL if kill < 5 else signal.SIGINT)
+        output = process.communicate()[0]
+        arguments = ["--resume", "runs/killed"]
+    if process.returncode == 130:
+        assert "To go on: python train_tiny.py --resume runs/killed" in output, output
+        assert (tmp_path / "runs/killed/checkpoint.pt").exists()
+    status, output = train_tiny_command(*arguments, cwd=tmp_path)
+    assert status == 0, output
+    assert losses(tmp_path / "runs/killed") == expected
+    whole, killed = (json.loads((tmp_path / f"runs/{name}/summary.json").read_text()) for name in ("whole", "killed"))
+    assert whole["results"] == killed["results"]
+    for name in ("pretrained", "finetuned-2"):
+        assert same_weights(*(load_safetensors(tmp_path / "runs" / run / name / "model.safetensors")
+                              for run in ("whole", "killed")))
+    assert not list((tmp_path / "runs/killed").glob("*.tmp")), "nothing half-written is left"
+
+
+def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
+    """The same total batch: in two processes (gloo), in two parts, and with activations computed again."""
+    options = [*TOY, "--drop-path", 0, "--no-scratch", "--pretrain-steps", 12, "--finetune-steps", 8]
+    ways = {"one": ([], 1), "two": ([], 2), "parts": (["--accumulate", 2, "--activation-checkpointing"], 1)}
+    for name, (more, processes) in ways.items():
+        status, output = train_tiny_command(*options, *more, "--name", name, cwd=tmp_path, processes=processes)
+        assert status == 0, output
+    one = losses(tmp_path / "runs/one")
+    for name in ("two", "parts"):
+        other = losses(tmp_path / "runs" / name)
+        assert other.keys() == one.keys() and len(one) == 20
+        assert max(abs(other[key] / one[key] - 1) for key in one) < 1e-4, name
+    assert json.loads((tmp_path / "runs/two/summary.json").read_text())["processes"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    status, output = train_tiny_command(*TOY, "--pretrain-lr", 1e30, "--name", "nan", cwd=tmp_path)
+    assert status != 0 and "Traceback" not in output
+    assert re.search(r"pretrain: the loss is (nan|inf) at step \d+, lr \d", output), output
+    assert "none was saved yet" in output or "checkpoint.pt, of step" in output
+    assert not (tmp_path / "runs/nan/pretrained").exists()
+
+
+def write_video(path, frames, rate=25, codec="mpeg4", pix_fmt="yuv420p"):
+    """frames (T, H, W, 3) uint8 -> a video file."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -1112,39 +1206,203 @@ def video_folder(tmp_path):
         for scene, i in enumerate((clips.labels == label).nonzero()[:5, 0], start=1):
             frames = clips.clips[i].movedim(1, -1).numpy()[: 40 - 8 * scene + 4, : 64 - 4 * scene]  # the last: 4 frames
             suffix = "avi" if scene % 2 else "mp4"
-            write_video(tmp_path / f"data/{name}/v_{name}_g{scene:02}_c01.{suffix}", np.ascontiguousarray(frames))
+            write_video(tmp_path / f"data/{name}/v_{name}_g{scene:02}_c01.{suffix}", frames)
     (tmp_path / "data/Left/v_Left_g09_c01.mp4").write_bytes(b"not a video")
     return tmp_path / "data"
 
 
+VIDEOS = ["--model", "tiny", "--frame-stride", 2, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
+          "--finetune-batch", 4, "--scratch-full-time-steps", 2, "--views", 2, "--max-broken", 0.2]
+
+
 def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
-    arguments = ["--data", video_folder, "--model", "tiny", "--frame-stride", 2, "--pretrain-steps", 3,
-                 "--finetune-steps", 2, "--scratch-full-time-steps", 2, "--name", "videos"]
-    status, output = train_tiny_command(*arguments, cwd=tmp_path)
+    """All stages on real files; then each on its own; then the fine-tuned model on a new file."""
+    status, output = train_tiny_command("--data", video_folder, *VIDEOS, "--name", "videos", cwd=tmp_path)
     assert status == 0, output
     assert "left out" in output and "v_Left_g09_c01.mp4" in output, "the broken file is named"
     assert "train     8 clips: Left 4, Zoom In 4" in output and "held out  2 clips: Left 1, Zoom In 1" in output
-    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES | {"finetuned-all.pt"}
+    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES | {"finetuned-all"}
     summary = json.loads((tmp_path / "runs/videos/summary.json").read_text())
     assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100
     cached = list((tmp_path / "runs/.cache").iterdir())
     assert len(cached) == 10 and all(file.suffix == ".npy" for file in cached)
+
+    made_by = {"eval": "confusion.png", "reconstruct": "reconstruction.gif", "finetune": "finetuned-all"}
+    for stage, made in made_by.items():
+        status, output = train_tiny_command(stage, "--data", video_folder, *VIDEOS, "--init", "runs/videos",
+                                            "--name", stage, cwd=tmp_path)
+        assert status == 0 and (tmp_path / "runs" / stage / made).exists(), output
+    assert json.loads((tmp_path / "runs/eval/summary.json").read_text())["top1"] == summary["finetune_top1"]
+    video = next(video_folder.glob("Left/*.avi"))
+    status, output = train_tiny_command("predict", "--init", "runs/videos", video, cwd=tmp_path)
+    shares = [float(x) for x in re.findall(r"([\d.]+) %  (?:Left|Zoom In)", output)]
+    assert status == 0 and len(shares) == 2 and abs(sum(shares) - 100) < 0.2, output
+    status, output = train_tiny_command("predict", "--init", "runs/videos", "Left/v_Left_g09_c01.mp4", cwd=video_folder)
+    assert status != 0 and "Traceback" not in output
+    status, output = train_tiny_command("--data", video_folder, *VIDEOS, "--max-broken", 0.01, cwd=tmp_path)
+    assert status != 0 and "--max-broken: 1 of 11 videos cannot be read" in output
+
+
+def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
+    """--init with a directory of transformers: its frames and size are used, the head is new, no pretraining."""
+    status, output = train_tiny_command("finetune", "--data", video_folder, *VIDEOS, "--init",
+                                        HERE / "golden/hf_pretrain_tiny", "--no-scratch", "--name", "hf", cwd=tmp_path)
+    assert status == 0 and "new, to be trained: classifier, fc_norm" in output, output
+    model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/hf/finetuned-all")
+    assert model.config.id2label == {0: "Left", 1: "Zoom In"} and model.config.hidden_size == 48
+    assert not (tmp_path / "runs/hf/pretrained").exists()
+
+
+def turn(path, degrees):
+    """Write a display matrix into an MP4: players turn the frames clockwise by 0 or 90 degrees."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40  # version and flags, times, ids, layer, volume, then nine numbers
+    matrix = {90: (0, 1, 0, -1, 0, 0, 0, 0, 0x4000)}[degrees]
+    content[at : at + 36] = struct.pack(">9i", *(x << 16 for x in matrix))
+    path.write_bytes(content)
+
+
+def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
+    """What a folder of a real person holds: whatever can be decoded gives a clip, the rest is named."""
+    ramp = np.stack([np.full((48, 64, 3), (20 + 4 * t, 120, 200 - 4 * t), dtype=np.uint8) for t in range(40)])
+    ramp[:, :24] = 0  # the upper half is black
+    folder = tmp_path / "A"
+    write_video(folder / "good.avi", ramp)
+    write_video(folder / "one frame.mp4", ramp[:1])
+    write_video(folder / "five frames.mp4", ramp[:5])
+    write_video(folder / "portrait.mp4", ramp.transpose(0, 2, 1, 3))
+    write_video(folder / "turned.mp4", ramp)
+    turn(folder / "turned.mp4", 90)
+    write_video(folder / "grey.mkv", ramp, codec="ffv1", pix_fmt="gray")
+    write_video(folder / "16 bit.mkv", ramp, codec="ffv1", pix_fmt="rgb48le")
+    write_video(folder / "odd.mkv", ramp[:, :47, :63], codec="ffv1", pix_fmt="yuv444p10le")
+    write_video(folder / "Bogenschießen 射箭.avi", ramp)
+    whole = (folder / "good.avi").read_bytes()
+    (folder / "truncated.avi").write_bytes(whole[: len(whole) * 3 // 4])
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("hello")
+    files = sorted(folder.iterdir())
+    decoded = train_tiny.decode_all(files, 32, tmp_path / "cache", max_broken=0.5)
+    lengths = {file.name: len(np.load(path)) for file, path in decoded.items()}
+    assert lengths.pop("truncated.avi") in range(1, 40)
+    assert lengths == {"good.avi": 40, "one frame.mp4": 1, "five frames.mp4": 5, "portrait.mp4": 40, "turned.mp4": 40,
+                       "grey.mkv": 40, "16 bit.mkv": 40, "odd.mkv": 40, "Bogenschießen 射箭.avi": 40}
+    errors = capsys.readouterr().err
+    assert "empty.mp4: cannot be decoded" in errors and "text.mp4: cannot be decoded" in errors
+    recipe = train_tiny.RECIPES["laptop"]
+    clips = VideoClips(["A"], [(file, 0) for file in files], decoded, TINY, recipe)
+    for draw in (None, train_tiny.Draw(0, 0, len(clips.labels), slice(None))):
+        assert clips.load(torch.arange(len(clips.labels)), draw).shape == (10, 8, 3, 32, 32)
+    turned = np.load(decoded[folder / "turned.mp4"])[0].astype(int)
+    assert turned.shape[0] > turned.shape[1] and turned[:, -8:].mean() < 30 < turned[:, :8].mean(), "black on the right"
 
 
 def test_decoded_frames_are_the_video(tmp_path):
     """Colours and order survive the way from a file to a clip; a short video holds its last frame."""
     ramp = np.stack([np.full((48, 64, 3), (20 + 30 * t, 120, 200 - 25 * t), dtype=np.uint8) for t in range(6)])
     write_video(tmp_path / "A/one.mp4", ramp)
-    config = VideoMAEConfig.preset("tiny")
-    clips = VideoClips(["A"], [(tmp_path / "A/one.mp4", 0)], config, 1, tmp_path / "cache")
+    recipe = train_tiny.RECIPES["laptop"] | {"frame_stride": 1}
+    file = tmp_path / "A/one.mp4"
+    clips = VideoClips(["A"], [(file, 0)], {file: train_tiny.decode(file, 32, tmp_path / "cache")}, TINY, recipe)
     clip = clips.load(torch.tensor([0]))[0]  # (8, 3, 32, 32)
     expected = torch.from_numpy(ramp[[0, 1, 2, 3, 4, 5, 5, 5], 0, 0]).float()
     assert (clip.float().mean(dim=(2, 3)) - expected).abs().max() < 6
-    random_clip = clips.load(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
-    assert random_clip.shape == (2, 8, 3, 32, 32) and random_clip.dtype == torch.uint8
 
 
-def test_folders_split_by_scene_or_by_the_official_lists(tmp_path):
+def test_sampling_views_and_crops(tmp_path):
+    """Which frames and places a clip is made of, read off a video whose colours say time and column."""
+    video = np.zeros((50, 32, 96, 3), dtype=np.uint8)
+    video[..., 0] = 5 * np.arange(50)[:, None, None]
+    video[..., 1] = 2 * np.arange(96)
+    np.save(tmp_path / "video.npy", video)
+
+    def clips(**changes):
+        self = object.__new__(VideoClips)
+        self.frames, self.size, self.videos = 8, 32, [tmp_path / "video.npy"]
+        self.recipe = train_tiny.RECIPES["laptop"] | {"frame_stride": 4, "multi_scale_crop": False} | changes
+        return self
+
+    def times(clip):
+        return (clip[0, :, 0, 0, 0] // 5).tolist()
+
+    zero = torch.tensor([0])
+    dense = clips(views=2, crops=3)
+    loaded = [dense.load(zero, view=view) for view in range(6)]
+    assert [times(x)[0] for x in loaded] == [5, 5, 5, 16, 16, 16]  # a quarter and three quarters of the 22 there are
+    assert all(np.diff(times(x)).tolist() == [4] * 7 for x in loaded)
+    assert [int(x[0, 0, 1, 0, 0]) // 2 for x in loaded[:3]] == [0, 32, 64]
+    assert times(clips(frame_stride=20).load(zero)) == [0, 20, 40, 49, 49, 49, 49, 49]
+    segments = clips(sampling="segments")
+    for step in range(20):
+        drawn = times(segments.load(zero, train_tiny.Draw(0, step, 1, slice(None))))
+        assert all(int(i * 6.25) <= t < (i + 1) * 6.25 for i, t in enumerate(drawn)), "one of each eighth"
+    starts = {times(dense.load(zero, train_tiny.Draw(0, step, 1, slice(None))))[0] for step in range(200)}
+    assert starts == set(range(22)), "every start there is"
+
+
+def test_augmentations():
+    """Each changes what it should and keeps what it must; half a batch sees what it would in the whole one."""
+    torch.manual_seed(0)
+    clip = torch.randn(64, 2, 3, 8, 8)
+    draw = train_tiny.Draw(3, 5, 64, slice(None))
+    random = torch.cat([draw.uniform(5), draw.normal(1)], dim=1)
+    half = train_tiny.Draw(3, 5, 64, slice(32, 64))
+    assert torch.equal(torch.cat([half.uniform(5), half.normal(1)], dim=1), random[32:])
+
+    flipped = train_tiny.flip(clip, random[:, 0])
+    mirrored = (flipped == clip.flip(-1)).flatten(1).all(dim=1)
+    assert 15 < mirrored.sum() < 49 and torch.equal(flipped[~mirrored], clip[~mirrored])
+
+    recoloured = train_tiny.recolour(clip, random)
+    for before, after in zip(clip[:8], recoloured, strict=False):  # channel by channel a straight line, alike in time
+        channels = [[np.corrcoef(a.flatten(), b.flatten())[0, 1] for a in before.transpose(0, 1)]
+                    for b in after.transpose(0, 1)]
+        assert (np.abs(channels).round(4) == 1).sum() == 3
+
+    targets = torch.eye(64)
+    for alphas in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+        mixed, shares = train_tiny.mix(clip, targets, random[:, 1], *alphas)
+        assert torch.allclose(shares.sum(dim=1), torch.ones(64))
+        share = shares[0, 0]  # of the clip itself; the rest is its mirror place's
+        assert torch.allclose(shares[0, 63], 1 - share)
+        if alphas[1] == 0:
+            assert torch.allclose(mixed, share * clip + (1 - share) * clip.flip(0))
+        elif alphas[0] == 0:
+            kept = (mixed == clip).float().mean()
+            assert torch.allclose(kept, share, atol=1e-3) and ((mixed == clip) | (mixed == clip.flip(0))).all()
+
+    frames = torch.arange(40 * 60, dtype=torch.uint8).view(1, 1, 40, 60).expand(2, 3, -1, -1)
+    sizes = [train_tiny.multi_scale_crop(frames, 32, r) for r in torch.rand(50, 3).tolist()]
+    assert all(x.shape == (2, 3, 32, 32) for x in sizes) and len({int(x.float().mean()) for x in sizes}) > 5
+
+
+def test_learning_rates_by_layer_and_step():
+    model = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL))  # 3 layers
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = train_tiny.parameter_groups(model, 0.05, 0.5)
+    found = {names[id(p)]: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert found["classifier.weight"] == (1, 0.05) and found["classifier.bias"] == (1, 0)
+    assert found["videomae.blocks.2.mlp.fc1.weight"] == (0.5, 0.05)
+    assert found["videomae.blocks.0.norm1.weight"] == (0.125, 0) and found["videomae.embed.weight"] == (0.0625, 0.05)
+    pretraining = VideoMAEForPreTraining(VideoMAEConfig(**SMALL))
+    names = {id(p): name for name, p in pretraining.named_parameters()}
+    exempt = {names[id(p)] for group in train_tiny.parameter_groups(pretraining, 0.05, 1.0) for p in group["params"]
+              if group["weight_decay"] == 0}
+    assert "decoder.mask_token" in exempt and "decoder.head.weight" not in exempt
+    rates = [train_tiny.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0 and rates[99] < 0.002
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_clips_of_an_epoch_come_once_each():
+    subset = torch.arange(100, 110)
+    steps = torch.cat([train_tiny.clips_of_step(subset, 4, step, seed=0) for step in range(5)])
+    assert sorted(steps[:10].tolist()) == sorted(steps[10:].tolist()) == subset.tolist()
+    assert steps[:10].tolist() != steps[10:].tolist()
+
+
+def test_folders_split_by_scene_by_lists_or_as_they_are(tmp_path):
     for name in ("A", "B"):
         for group in range(1, 7):
             for c in (1, 2):
@@ -1155,12 +1413,26 @@ def test_folders_split_by_scene_or_by_the_official_lists(tmp_path):
     groups = {split: {(label, file.name[4:7]) for file, label in entries} for split, entries in splits.items()}
     assert classes == ["A", "B"] and not groups["train"] & groups["test"]
     assert (len(splits["train"]), len(splits["test"])) == (16, 8)
+
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
-    (lists / "trainlist01.txt").write_text("".join(f"{n}/v_{n}_g02_c01.avi {i}\n" for i, n in enumerate("AB", 1)))
-    (lists / "testlist01.txt").write_text("".join(f"{n}/v_{n}_g01_c01.avi\n" for n in "AB"))
-    _, splits = split_folder(tmp_path)
-    assert [(file.name, label) for file, label in splits["test"]] == [("v_A_g01_c01.avi", 0), ("v_B_g01_c01.avi", 1)]
+    for split, held_out in ((1, 1), (2, 5)):
+        (lists / f"trainlist0{split}.txt").write_text("A/v_A_g02_c01.avi 1\nB/v_B_g02_c01.avi 2\n")
+        (lists / f"testlist0{split}.txt").write_text("".join(f"{n}/v_{n}_g0{held_out}_c01.avi\n" for n in "AB"))
+        _, splits = split_folder(tmp_path, split)
+        assert [(file.name, label) for file, label in splits["test"]] == [
+            (f"v_A_g0{held_out}_c01.avi", 0), (f"v_B_g0{held_out}_c01.avi", 1)]
+    with pytest.raises(ValueError, match="--split: .*trainlist03.txt is missing"):
+        split_folder(tmp_path, 3)
+
+    (tmp_path / "train.csv").write_text("A/v_A_g02_c01.avi 0\nB/v_B_g02_c01.avi 1\n")
+    (tmp_path / "val.csv").write_text(f"{tmp_path}/A/v_A_g01_c01.avi 0\nB/v_B_g01_c01.avi 1\n")
+    classes, splits = split_folder(tmp_path)
+    assert classes == ["A", "B"] and splits["test"] == [
+        (tmp_path / "A/v_A_g01_c01.avi", 0), (tmp_path / "B/v_B_g01_c01.avi", 1)]
+    (tmp_path / "val.csv").write_text("A/v_A_g01_c01.avi,0\n")
+    with pytest.raises(ValueError, match="--data: line 1 of .*val.csv"):
+        split_folder(tmp_path)
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
@@ -1175,6 +1447,38 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match="no train video of class B"):
         split_folder(tmp_path)
+
+
+def test_ucf101_subset_is_downloaded_once_and_unpacked_safely(tmp_path, video_folder):
+    """An archive of the subset's layout, from a server on this machine; one that would write elsewhere is refused."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    videos = sorted(video_folder.glob("*/*_g0[1-5]_*"))
+    path = "datasets/sayakpaul/ucf101-subset/resolve/main/UCF101_subset.tar.gz"
+    for name in ("good", "evil"):
+        archive = tmp_path / name / path
+        archive.parent.mkdir(parents=True)
+        with tarfile.open(archive, "w:gz") as tar:
+            for video in videos:
+                split = "test" if "_g01_" in video.name else "train"
+                tar.add(video, f"UCF101_subset/{split}/{video.parent.name}/{video.name}")
+            if name == "evil":
+                tar.add(videos[0], "../../outside.avi")
+    for name in ("good", "evil"):
+        with hub_server(tmp_path / name) as env:
+            code = ("import pathlib, train_tiny; folder = train_tiny.download_ucf101_subset(pathlib.Path('cache'));"
+                    "classes, splits = train_tiny.split_folder(folder);"
+                    "print(classes, {k: len(v) for k, v in splits.items()})")
+            home = tmp_path / f"{name} home"
+            home.mkdir()
+            runs = [subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True,
+                                   env=os.environ | env | {"HF_HOME": str(home / "hf"), "PYTHONPATH": str(HERE)})]
+        if name == "good":  # the server is gone
+            runs.append(subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True,
+                                       env=os.environ | env | {"HF_HOME": str(home / "hf2"), "PYTHONPATH": str(HERE)}))
+            assert all("['Left', 'Zoom In'] {'train': 8, 'test': 2}" in run.stdout for run in runs), runs
+        else:
+            assert "could not be unpacked" in runs[0].stderr and not list((home / "cache").glob("*"))
+            assert not list(tmp_path.rglob("outside.avi"))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -1197,7 +1501,9 @@ UCF101_MINI = HERE.parent / "shared/ucf101_mini"
 def test_real_clips(tmp_path):
     classes, splits = split_folder(UCF101_MINI)
     assert classes == ["Punch", "YoYo"] and [len(splits[split]) for split in ("train", "test")] == [58, 23]
-    clips = VideoClips(classes, [splits["test"][0], splits["test"][-1]], VideoMAEConfig.preset("laptop"), 4, tmp_path)
+    entries = [splits["test"][0], splits["test"][-1]]
+    decoded = train_tiny.decode_all([file for file, _ in entries], 112, tmp_path, max_broken=0)
+    clips = VideoClips(classes, entries, decoded, VideoMAEConfig.preset("laptop"), train_tiny.RECIPES["laptop"])
     assert clips.load(torch.arange(2)).shape == (2, 16, 3, 112, 112)
     assert clips.load(torch.arange(2)).float().std() > 20
 
