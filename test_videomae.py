@@ -466,7 +466,9 @@ def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
     before, after = (json.loads((folder / "config.json").read_text())
                      for folder in (HERE / "golden" / name, tmp_path / "saved"))
     assert before.items() <= after.items(), "every field of the file, known here or not"
-    again = KINDS[name].from_pretrained(tmp_path / "saved")
+    again = KINDS[name].from_pretrained(tmp_path / "saved", extra={"mine": 3})
+    assert again.config.extra.pop("mine") == 3
+    again = KINDS[name].from_pretrained(tmp_path / "saved/model.safetensors")  # the config beside it is used
     assert again.config.to_dict() == model.config.to_dict()
     assert same_weights(again.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="model.safetensors exists already"):
@@ -824,6 +826,8 @@ def test_interpolated_positions_survive_saving(tmp_path, caplog):
         model.save_pretrained(tmp_path)
     assert "transformers does not know position_grid=(4, 4, 4)" in caplog.messages[-1]
     assert torch.equal(VideoMAEModel.from_pretrained(tmp_path).positions, model.positions)
+    with pytest.raises(ValueError, match=r"expected position_grid=\(4, 4, 4\) to interpolate"):
+        VideoMAEModel.from_pretrained(tmp_path, num_frames=16)
 
 
 def test_pretraining_step_compiles_to_one_graph_and_reads_no_value_back():
@@ -931,6 +935,7 @@ def test_processor_refuses_wrong_inputs():
     frame = np.zeros((40, 50, 3), dtype=np.uint8)
     cases = [
         ([], {}, ValueError, "videos: got list, expected one video or several"),
+        (frame, {}, ValueError, "videos: got one image"),
         ([frame == 0] * 4, {}, TypeError, "videos: got frames of torch.bool"),
         ([frame + 0.5] * 4, {}, ValueError, "do_rescale: got float frames within"),
         ([frame.astype(int) + 256] * 4, {}, ValueError, "videos: got integers from 256 to 256"),
@@ -1059,7 +1064,7 @@ def losses(folder):
 
 SHORT = ["--unlabelled-clips", 500, "--test-clips", 64, "--pretrain-steps", 60, "--finetune-steps", 3,
          "--scratch-full-time-steps", 4]
-FILES = {"summary.json", "metrics.jsonl", "results.json", "settings.json", "table.md", "curves.png", "confusion.png",
+FILES = {"summary.json", "metrics.jsonl", "results.json", "settings.json", "table.md", "curves.png",
          "reconstruction.png", "reconstruction.gif", "pretrained"}
 
 
@@ -1069,7 +1074,7 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
         status, output = train_tiny_command(*SHORT, "--name", name, cwd=tmp_path)
         assert status == 0, output
         names = {file.name for file in (tmp_path / "runs" / name).iterdir()}
-        assert names == FILES | {"finetuned-2", "finetuned-10"}
+        assert names == FILES | {"finetuned-2", "finetuned-10", "confusion-2.png", "confusion-10.png"}
         summaries.append(json.loads((tmp_path / "runs" / name / "summary.json").read_text()))
     first, second = summaries
     assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.2
@@ -1115,6 +1120,10 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),
     (["eval"], "--init: eval needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0 for predict"),
+    (["finetune"], "--init: finetune needs a model"),
+    (["--resume", "runs", "--seeds", "3"], "--resume: takes no other option"),
+    (["finetune", "--init", "x/y", "--model", "tiny"], "--model, --position-embedding: with --init"),
+    (["--model", "laptop"], "--data: embedded clips of 16 x (112, 112) would take 6 GB"),
     (["finetune", "--init", "nowhere"], "source: nowhere is not a file"),
 ])
 def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path):
@@ -1211,17 +1220,21 @@ def video_folder(tmp_path):
     return tmp_path / "data"
 
 
-VIDEOS = ["--model", "tiny", "--frame-stride", 2, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
+VIDEOS = ["--frame-stride", 2, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
           "--finetune-batch", 4, "--scratch-full-time-steps", 2, "--views", 2, "--max-broken", 0.2]
 
 
 def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
     """All stages on real files; then each on its own; then the fine-tuned model on a new file."""
-    status, output = train_tiny_command("--data", video_folder, *VIDEOS, "--name", "videos", cwd=tmp_path)
+    options = ["--model", "tiny", *VIDEOS, "--name", "videos"]
+    status, output = train_tiny_command("--data", video_folder, *options, cwd=tmp_path)
     assert status == 0, output
     assert "left out" in output and "v_Left_g09_c01.mp4" in output, "the broken file is named"
     assert "train     8 clips: Left 4, Zoom In 4" in output and "held out  2 clips: Left 1, Zoom In 1" in output
-    assert {file.name for file in (tmp_path / "runs/videos").iterdir()} == FILES | {"finetuned-all"}
+    names = {file.name for file in (tmp_path / "runs/videos").iterdir()}
+    assert names == FILES | {"finetuned-all", "confusion-all.png"}
+    config = json.loads((tmp_path / "runs/videos/finetuned-all/config.json").read_text())
+    assert (config["frame_stride"], config["views"], config["id2label"]["1"]) == (2, 2, "Zoom In")
     summary = json.loads((tmp_path / "runs/videos/summary.json").read_text())
     assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100
     cached = list((tmp_path / "runs/.cache").iterdir())
@@ -1232,14 +1245,16 @@ def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
         status, output = train_tiny_command(stage, "--data", video_folder, *VIDEOS, "--init", "runs/videos",
                                             "--name", stage, cwd=tmp_path)
         assert status == 0 and (tmp_path / "runs" / stage / made).exists(), output
-    assert json.loads((tmp_path / "runs/eval/summary.json").read_text())["top1"] == summary["finetune_top1"]
+    evaluated = json.loads((tmp_path / "runs/eval/summary.json").read_text())
+    assert evaluated["top1"] == summary["finetune_top1"] and evaluated["views"] == 6
     video = next(video_folder.glob("Left/*.avi"))
     status, output = train_tiny_command("predict", "--init", "runs/videos", video, cwd=tmp_path)
     shares = [float(x) for x in re.findall(r"([\d.]+) %  (?:Left|Zoom In)", output)]
     assert status == 0 and len(shares) == 2 and abs(sum(shares) - 100) < 0.2, output
     status, output = train_tiny_command("predict", "--init", "runs/videos", "Left/v_Left_g09_c01.mp4", cwd=video_folder)
     assert status != 0 and "Traceback" not in output
-    status, output = train_tiny_command("--data", video_folder, *VIDEOS, "--max-broken", 0.01, cwd=tmp_path)
+    options = ["--model", "tiny", *VIDEOS, "--max-broken", 0.01]
+    status, output = train_tiny_command("--data", video_folder, *options, cwd=tmp_path)
     assert status != 0 and "--max-broken: 1 of 11 videos cannot be read" in output
 
 

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -29,6 +28,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +131,8 @@ PRETRAIN_BETAS, FINETUNE_BETAS = (0.9, 0.95), (0.9, 0.999)  # the authors'
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Random numbers. All of a step's follow from the seed and the step's number, so that a resumed run repeats them. They
-# are drawn for the whole batch, of which a process takes its rows, so that two processes see together what one would.
+# are drawn for the whole batch, of which a process takes its rows, so that two processes see together what one would
+# (but for dropout, drop path and mixup, which each process and each part of a batch draws for itself).
 
 
 class Draw:
@@ -152,10 +153,10 @@ class Draw:
 
 def clips_of_step(subset: Tensor, batch: int, step: int, seed: int) -> Tensor:
     """(batch,) members of subset (n,): the step's part of an endless row of shuffles, every clip once in each."""
-    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), len(subset))
-    shuffles = {epoch: torch.randperm(len(subset), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-                for epoch in map(int, np.unique(epochs))}
-    return subset[[int(shuffles[int(epoch)][place]) for epoch, place in zip(epochs, places, strict=True)]]
+    n, start = len(subset), step * batch
+    epochs = range(start // n, (start + batch - 1) // n + 1)
+    shuffles = [torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
+    return subset[torch.cat(shuffles)[start - epochs[0] * n :][:batch]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,26 +261,20 @@ def split_folder(folder: Path, split: int = 1) -> tuple[list[str], dict[str, Ent
     held_out = "test" if any((folder / name).exists() for name in ("test", "test.csv")) else "val"
     if (folder / "train.csv").is_file():
         splits = {name: read_list(folder / f"{file}.csv") for name, file in (("train", "train"), ("test", held_out))}
-        count = 1 + max(label for entries in splits.values() for _, label in entries)
-        names = {label: file.parent.name for file, label in splits["train"]}
-        unique = len(set(names.values())) == len(names)
-        classes = [names.get(label, str(label)) if unique else str(label) for label in range(count)]
+        parents = {}  # label -> the folders its videos are in
+        for file, label in itertools.chain(*splits.values()):
+            parents.setdefault(label, set()).add(file.parent.name)
+        one_each = len(set().union(*parents.values())) == len(parents)
+        classes = [parents[i].pop() if one_each and i in parents else str(i) for i in range(max(parents) + 1)]
+    elif (folder / "train").is_dir() and (folder / held_out).is_dir():
+        files = {"train": videos_in(folder / "train"), "test": videos_in(folder / held_out)}
+        classes = sorted({file.parent.name for part in files.values() for file in part})
+        splits = {name: [(file, classes.index(file.parent.name)) for file in part] for name, part in files.items()}
     else:
-        pattern = "train/*/*" if (folder / "train").is_dir() else "*/*"
-        files = sorted(f for f in folder.glob(pattern) if f.suffix.lower() in VIDEO_SUFFIXES)
-        if not files:
-            raise ValueError(f"--data: no video ({', '.join(VIDEO_SUFFIXES)}) in {folder}/{pattern[:-2]}")
+        files = videos_in(folder)
         classes = sorted({file.parent.name for file in files})
-        if pattern == "train/*/*":
-            tests = sorted(f for f in folder.glob(f"{held_out}/*/*") if f.suffix.lower() in VIDEO_SUFFIXES)
-            if unknown := {file.parent.name for file in tests} - set(classes):
-                raise ValueError(f"--data: {', '.join(sorted(unknown))} in {folder / held_out} but not in train")
-            splits = {name: [(file, classes.index(file.parent.name)) for file in part]
-                      for name, part in (("train", files), ("test", tests))}
-        elif (folder / "ucfTrainTestlist").is_dir():
-            splits = official_split(folder, files, classes, split)
-        else:
-            splits = split_by_scene(files, classes)
+        official = (folder / "ucfTrainTestlist").is_dir()
+        splits = official_split(folder, files, classes, split) if official else split_by_scene(files, classes)
     if len(classes) < 2:
         raise ValueError(f"--data: {folder} has one class, {classes[0]}; a classifier needs two or more")
     for name, entries in splits.items():
@@ -287,6 +282,14 @@ def split_folder(folder: Path, split: int = 1) -> tuple[list[str], dict[str, Ent
         if missing:
             raise ValueError(f"--data: no {name} video of class {', '.join(missing)}; a class needs two scenes")
     return classes, splits
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """FOLDER/Class/*, sorted. Raises ValueError where there is none."""
+    files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in VIDEO_SUFFIXES and file.name[0] != ".")
+    if not files:
+        raise ValueError(f"--data: no video ({', '.join(VIDEO_SUFFIXES)}) in {folder}/Class/")
+    return files
 
 
 def read_list(path: Path) -> Entries:
@@ -470,7 +473,8 @@ class VideoClips:
             if draw and self.recipe["multi_scale_crop"]:
                 clips.append(multi_scale_crop(clip, self.size, random[:3].tolist()))
             else:
-                clips.append(square_crop(clip, self.size, view % crops / (crops - 1) if crops > 1 else 0.5))
+                place = view % crops / (crops - 1) if crops > 1 else 0.5
+                clips.append(square_crop(clip, self.size, float(random[1]) if draw else place))
         return torch.stack(clips)
 
     def times(self, length: int, random: np.ndarray) -> np.ndarray:
@@ -523,7 +527,7 @@ def recolour(pixel_values: Tensor, random: Tensor) -> Tensor:
 
 
 def mix(pixel_values: Tensor, targets: Tensor, random: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """mixup or cutmix of each clip with its mirror place in the batch; targets (B, classes) are mixed alike.
+    """mixup or cutmix of each clip with its mirror place among these; targets (B, classes) are mixed alike.
 
     random (B,); mixup, cutmix: the alpha of the Beta distribution the share comes from; with both, either is chosen.
     """
@@ -561,11 +565,11 @@ class Run:
     results: dict = field(default_factory=dict)  # of the stages that are finished; results.json
 
     def once(self, stage: str, work) -> dict:
-        """work()'s result, from results.json where a run that was interrupted had it already; with its seconds."""
+        """work()'s result, with its seconds; from results.json where a run that was interrupted had it already."""
         if stage not in self.results:
             start = time.perf_counter()
             result = work()
-            self.results[stage] = result | {"seconds": round(time.perf_counter() - start, 1)}
+            self.results[stage] = {"seconds": round(time.perf_counter() - start, 1)} | result
             if self.rank == 0:
                 write_json(self.folder / "results.json", self.results)
             self.wait()
@@ -582,7 +586,7 @@ class Run:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-STOP = threading.Event()  # set by Ctrl-C: the step that runs is finished, and saved
+STOP = threading.Event()  # set by Ctrl-C or SIGTERM: the step that runs is finished, and saved
 
 
 def say(*text, file=None):
@@ -641,6 +645,10 @@ def memory() -> str:
     """The most this process has held, on the GPU where there is one."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    if sys.platform == "win32":
+        return ""
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"  # bytes there, kilobytes elsewhere
 
@@ -652,7 +660,7 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
 
     make_batch(step) gives this process's tensors of a step, on the CPU; loss_of(model, *tensors) the mean loss of some
     of their rows. Every `checkpoint_every` steps the whole state is saved to run.folder/checkpoint.pt; a resumed run
-    starts from it. Raises RuntimeError where the loss is not finite, KeyboardInterrupt after Ctrl-C.
+    starts from it. Raises FloatingPointError where the loss is not finite, KeyboardInterrupt after Ctrl-C.
     """
     recipe, device, path = run.recipe, run.device, run.folder / "checkpoint.pt"
     peak = base_lr * batch / 256
@@ -660,11 +668,11 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
     groups = parameter_groups(model, recipe["weight_decay"], layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first, losses = 0, []
+    first, losses, earlier = 0, [], 0.0
     if run.resumed and path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         if state["stage"] == stage:
-            first, losses = state["step"], state["losses"]
+            first, losses, earlier = state["step"], state["losses"], state["seconds"]
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
@@ -673,10 +681,16 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
         keep_metrics(run.folder / "metrics.jsonl", lambda m: m["stage"] != stage or m["step"] < first)
 
     def save(step):
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise FloatingPointError(f"{stage}: weights are not finite at step {step}, lr {rate:.2g}; {good()}")
         if run.rank == 0:
-            state = dict(stage=stage, step=step, losses=losses, model=model.state_dict(),
+            seconds = earlier + time.perf_counter() - start
+            state = dict(stage=stage, step=step, seconds=seconds, losses=losses, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             write_whole(path, lambda file: torch.save(state, file))
+
+    def good():
+        return f"the last good checkpoint is {path}, of step {saved}" if saved else "none was saved yet"
 
     saved, trained = first, model
     if recipe["activation_checkpointing"]:
@@ -713,17 +727,17 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
         optimizer.zero_grad()
         recent.append((step, step_loss, rate))
         done = step + 1
-        stop = STOP.is_set()
+        stop = STOP.is_set() and run.world == 1  # several processes stop together, below
         # Losses are looked at, and a GPU waited for, every ten steps only.
         if done % 10 == 0 or done in (1, steps) or done % recipe["checkpoint_every"] == 0 or stop:
-            values = torch.stack([x for _, x, _ in recent]).float()
+            stopped = torch.tensor(float(STOP.is_set()), device=device)
+            values = torch.stack([x.float() for _, x, _ in recent] + [stopped])
             if run.world > 1:
                 dist.all_reduce(values)
-            values = (values / run.world).tolist()
+            *values, stop = (values / run.world).tolist()
             for (at, _, lr), value in zip(recent, values, strict=True):
                 if not math.isfinite(value):
-                    good = f"the last good checkpoint is {path}, of step {saved}" if saved else "none was saved yet"
-                    raise RuntimeError(f"{stage}: the loss is {value} at step {at}, lr {lr:.2g}; {good}")
+                    raise FloatingPointError(f"{stage}: the loss is {value} at step {at}, lr {lr:.2g}; {good()}")
             losses += values
             if run.rank == 0:
                 with open(run.folder / "metrics.jsonl", "a") as file:
@@ -743,13 +757,14 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
         waits.append((waited, time.perf_counter() - step_start))
         step_start = time.perf_counter()
     bar.close()
-    seconds = time.perf_counter() - start
+    seconds = earlier + time.perf_counter() - start
     run.wait()
     data_wait = [round(100 * sum(w for w, _ in part) / max(1e-9, sum(s for _, s in part)), 2)
                  for part in (waits[:epoch], waits[epoch:])]
     say(f"{stage}: loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f} in {steps} steps, {seconds:.0f} s; waiting for "
         f"data {data_wait[0]:.1f} % of the first epoch" + f", {data_wait[1]:.1f} % of the rest" * (steps > epoch))
-    return dict(loss_first=losses[0], loss_last=float(np.mean(losses[-max(1, steps // 10):])), data_wait=data_wait)
+    return dict(loss_first=losses[0], loss_last=float(np.mean(losses[-max(1, steps // 10):])), data_wait=data_wait,
+                seconds=round(seconds, 1))
 
 
 def keep_metrics(path: Path, wanted):
@@ -823,9 +838,12 @@ def new_classifier(run: Run, source: str | Path | None, config: VideoMAEConfig, 
                   drop_path_rate=recipe["drop_path"])
     # What `predict` needs to know is kept in the config; transformers leaves such fields alone.
     extra = config.extra | {name: recipe[name] for name in ("frame_stride", "sampling", "views", "crops")}
+    new = VideoMAEForVideoClassification(replace(config, **fields, extra=extra))
     if source is None:
-        return VideoMAEForVideoClassification(replace(config, **fields, extra=extra))
-    return VideoMAEForVideoClassification.from_pretrained(source, **fields, extra=extra)
+        return new
+    model = VideoMAEForVideoClassification.from_pretrained(source, **fields, extra=extra)
+    model.classifier.load_state_dict(new.classifier.state_dict())  # also where an old one would fit
+    return model
 
 
 def choose_labelled(labels: Tensor, labels_per_class: int, seed: int) -> Tensor:
@@ -847,15 +865,24 @@ def choose_labelled(labels: Tensor, labels_per_class: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def probabilities(model, clips, device, change=lambda frames: frames) -> Tensor:
-    """(n, classes): the mean over a clip's views; `change` alters the (B, T, 3, H, W) frames."""
-    model.eval()
+def mean_over_views(function, clips, indices: Tensor, device, change=lambda frames: frames) -> Tensor:
+    """function of (B, T, 3, H, W) normalized clips, averaged over a clip's views -> (n, ...), on the CPU.
+
+    `change` alters the 8-bit frames before.
+    """
     rows = []
-    for indices in torch.arange(len(clips.labels)).split(64 if clips.num_views == 1 else 8):
-        views = [model(normalize(change(clips.load(indices, view=view)).to(device))).logits.softmax(dim=1)
-                 for view in range(clips.num_views)]
+    for chunk in indices.split(64 if clips.num_views == 1 else 8):
+        loaded = (clips.load(chunk, view=view) for view in range(clips.num_views))
+        views = [function(normalize(change(frames).to(device))) for frames in loaded]
         rows.append(torch.stack(views).mean(dim=0).cpu())
     return torch.cat(rows)
+
+
+def probabilities(model, clips, device, change=lambda frames: frames) -> Tensor:
+    """(n, classes), the mean over a clip's views."""
+    model.eval()
+    everything = torch.arange(len(clips.labels))
+    return mean_over_views(lambda x: model(x).logits.softmax(dim=1), clips, everything, device, change)
 
 
 def percent(correct: Tensor) -> float:
@@ -873,22 +900,14 @@ def scores(predictions: Tensor, labels: Tensor) -> dict:
     return dict(top1=percent(predictions == labels), balanced=balanced(predictions, labels))
 
 
-@torch.no_grad()
-def mean_features(encoder, clips, indices: Tensor, device) -> Tensor:
-    """(n, D): the encoder's tokens of whole clips, averaged over tokens and views."""
-    encoder.eval()
-
-    def features(chunk, view):
-        return encoder(normalize(clips.load(chunk, view=view).to(device))).last_hidden_state.mean(dim=1).cpu()
-
-    return torch.cat([sum(features(chunk, view) for view in range(clips.num_views)) / clips.num_views
-                      for chunk in indices.split(64 if clips.num_views == 1 else 8)])
-
-
 def linear_probe(encoder, train_clips, subset: Tensor, test_clips, device) -> Tensor:
     """Logistic regression on frozen features -> (n,) predictions for the test clips."""
-    x = mean_features(encoder, train_clips, subset, device)
-    x_test = mean_features(encoder, test_clips, torch.arange(len(test_clips.labels)), device)
+    def mean_token(pixel_values):
+        return encoder(pixel_values).last_hidden_state.mean(dim=1)
+
+    encoder.eval()
+    x = mean_over_views(mean_token, train_clips, subset, device)
+    x_test = mean_over_views(mean_token, test_clips, torch.arange(len(test_clips.labels)), device)
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, x_test, y = (x - mean) / std, (x_test - mean) / std, train_clips.labels[subset]
     weight = torch.zeros(len(train_clips.classes), x.shape[1] + 1, requires_grad=True)
@@ -937,7 +956,7 @@ def held_out_pictures(model: VideoMAEForPreTraining, clips, recipe: dict, device
     generator = torch.Generator().manual_seed(0)
     mask = random_mask(recipe["mask"], count, model.config.grid, recipe["mask_ratio"], generator)
     model.eval()
-    return model.reconstruct(normalize(clips.load(indices)).to(device), mask)
+    return model.reconstruct(normalize(clips.load(indices, view=clips.num_views // 2)).to(device), mask)
 
 
 def picture_note(recipe: dict, borrows_truth: bool) -> str:
@@ -1084,12 +1103,12 @@ def train_and_compare(run: Run, args: argparse.Namespace, stages: tuple[str, ...
     """Pretrain once; for each label budget fine-tune and, to compare, train from scratch twice and probe."""
     recipe, device, folder = run.recipe, run.device, run.folder
     pretrained = folder / "pretrained" if "pretrain" in stages else args.init
-    data_start = time.perf_counter()
-    config = starting_config(recipe, pretrained if pretrained == args.init else None)
+    start = time.perf_counter()
+    config = starting_config(recipe, args.init)
     train_clips, test_clips = load_data(run, args, config)
     subsets = [choose_labelled(train_clips.labels, budget, run.seed) for budget in recipe["labels_per_class"]]
-    describe(run, args, config, train_clips, test_clips)
-    data_seconds = round(time.perf_counter() - data_start, 1)
+    describe(run, args, config, train_clips, test_clips, stages)
+    data_seconds = round(time.perf_counter() - start, 1)
     open_folder(run, args, top)
 
     if "pretrain" in stages:
@@ -1108,16 +1127,17 @@ def train_and_compare(run: Run, args: argparse.Namespace, stages: tuple[str, ...
     def classifier(name, budget, subset):
         from_encoder = name == "finetune"
         steps = recipe["scratch_full_time_steps" if name == "scratch_full_time" else "finetune_steps"]
-        lr = recipe["finetune_lr" if from_encoder and pretrained else "scratch_lr"]
+        lr = recipe["finetune_lr" if from_encoder else "scratch_lr"]
         model = new_classifier(run, pretrained if from_encoder else None, config, train_clips)
-        result = finetune(run, train_clips, subset, model, f"{name}, {budget or 'all'} labels per class", steps, lr,
-                          recipe["layer_decay"] if from_encoder and pretrained else 1.0)
+        result = finetune(run, train_clips, subset, model, stage_name(name, budget), steps, lr,
+                          recipe["layer_decay"] if from_encoder else 1.0)
         if run.rank == 0:
             predictions = probabilities(model, test_clips, device).argmax(dim=1)
             result |= scores(predictions, test_clips.labels)
             if from_encoder:
                 save_model(model, folder / f"finetuned-{budget or 'all'}")
-                draw_confusion(predictions, test_clips.labels, train_clips.classes, folder / "confusion.png")
+                path = folder / f"confusion-{budget or 'all'}.png"
+                draw_confusion(predictions, test_clips.labels, train_clips.classes, path)
                 if isinstance(test_clips, MotionClips):
                     result |= motion_checks(model, test_clips, device)
         return result
@@ -1126,12 +1146,14 @@ def train_and_compare(run: Run, args: argparse.Namespace, stages: tuple[str, ...
         encoder = videomae.VideoMAEModel.from_pretrained(pretrained).to(device)
         return scores(linear_probe(encoder, train_clips, subset, test_clips, device), test_clips.labels)
 
+    def stage_name(name, budget):
+        return f"{name}, {budget or 'all'} labels per class"
+
     results = []
     for budget, subset in zip(recipe["labels_per_class"], subsets, strict=True) if "finetune" in stages else ():
         names = ["finetune", *["scratch", "scratch_full_time"] * recipe["scratch"]]
-        parts = {name: run.once(f"{name}, {budget}", partial(classifier, name, budget, subset)) for name in names}
-        if pretrained:
-            parts["linear_probe"] = run.once(f"linear_probe, {budget}", partial(probe, subset))
+        parts = {name: run.once(stage_name(name, budget), partial(classifier, name, budget, subset)) for name in names}
+        parts["linear_probe"] = run.once(stage_name("linear_probe", budget), partial(probe, subset))
         result = dict(labels_per_class=budget)
         for name, part in parts.items() if run.rank == 0 else ():
             result |= {f"{name}_top1": part["top1"], f"{name}_balanced": part["balanced"]}
@@ -1147,7 +1169,7 @@ def train_and_compare(run: Run, args: argparse.Namespace, stages: tuple[str, ...
         pretrain_loss_last=first.get("loss_last"), **(results[-1] if results else {}),  # of the last label budget
         majority_top1=percent(test_clips.labels == train_clips.labels.mode().values), results=results,
         data_wait={stage: part["data_wait"] for stage, part in run.results.items() if "data_wait" in part},
-        classes=list(train_clips.classes), seconds=seconds, total_seconds=round(sum(seconds.values()), 1),
+        classes=list(train_clips.classes), seconds=seconds, total_seconds=round(time.perf_counter() - start, 1),
         recipe=recipe, config=config.to_dict(),
     )
     if run.rank == 0:
@@ -1157,9 +1179,14 @@ def train_and_compare(run: Run, args: argparse.Namespace, stages: tuple[str, ...
 
 
 def open_folder(run: Run, args: argparse.Namespace, top: Path):
-    """Make the output folder, or read what an interrupted run left in it; `top` holds the settings of all seeds."""
+    """Make the output folder, or read what an interrupted run left in it; `top` holds the settings of all seeds.
+
+    Nothing was overwritten before: a mistake in the other options leaves an older run of that name alone.
+    """
     if run.rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite and not run.resumed and run.seed == args.seeds[0]:
+            shutil.rmtree(top, ignore_errors=True)
+        run.folder.mkdir(parents=True, exist_ok=run.resumed)
         for half_written in run.folder.glob("*.tmp"):
             shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         write_json(top / "settings.json", dict(args=vars(args), recipe=run.recipe))
@@ -1168,16 +1195,22 @@ def open_folder(run: Run, args: argparse.Namespace, top: Path):
         run.results = json.loads((run.folder / "results.json").read_text())
 
 
+def as_trained(recipe: dict, args: argparse.Namespace, config: VideoMAEConfig) -> dict:
+    """The recipe with the sampling the model was trained with, where the command line does not say otherwise."""
+    return recipe | {key: x for key, x in config.extra.items() if key in recipe and key not in args.given}
+
+
 def evaluate(run: Run, args: argparse.Namespace):
     """A fine-tuned model on the held-out clips: top-1, balanced, confusion matrix."""
     model = VideoMAEForVideoClassification.from_pretrained(args.init).to(run.device)
+    run.recipe = as_trained(run.recipe, args, model.config)
     train_clips, clips = load_data(run, args, model.config)
     names = model.config.id2label or {}
     if [names.get(i) for i in range(model.config.num_labels)] != list(clips.classes):
         raise ValueError(f"--init: {args.init} tells {list(names.values())[:5]}... apart, the data has "
                          f"{list(clips.classes)[:5]}...; expected the same classes")
     predictions = probabilities(model, clips, run.device).argmax(dim=1)
-    run.folder.mkdir(parents=True)
+    open_folder(run, args, run.folder)
     result = scores(predictions, clips.labels)
     majority = percent(clips.labels == train_clips.labels.mode().values)
     draw_confusion(predictions, clips.labels, clips.classes, run.folder / "confusion.png")
@@ -1192,10 +1225,10 @@ def predict(run: Run, args: argparse.Namespace):
     """The five most likely classes of each video."""
     model = VideoMAEForVideoClassification.from_pretrained(args.init).to(run.device)
     names = model.config.id2label or {i: f"LABEL_{i}" for i in range(model.config.num_labels)}
-    trained = {key: x for key, x in model.config.extra.items() if key in ("frame_stride", "sampling")}
+    recipe = as_trained(RECIPES["laptop"] | {key: run.recipe[key] for key in args.given}, args, model.config)
     for video in map(Path, args.videos):
         decoded = {video: decode(video, square_side(model.config), Path(args.cache))}  # a broken file is an error
-        clips = VideoClips([""], [(video, 0)], decoded, model.config, run.recipe | trained)
+        clips = VideoClips([""], [(video, 0)], decoded, model.config, recipe)
         likely = probabilities(model, clips, run.device)[0].topk(min(5, len(names)))
         say(video)
         for share, label in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
@@ -1205,8 +1238,9 @@ def predict(run: Run, args: argparse.Namespace):
 def reconstruct(run: Run, args: argparse.Namespace):
     """Pictures of a pretrained model on the held-out clips."""
     model = VideoMAEForPreTraining.from_pretrained(args.init).to(run.device)
+    run.recipe = as_trained(run.recipe, args, model.config)
     _, clips = load_data(run, args, model.config)
-    run.folder.mkdir(parents=True)
+    open_folder(run, args, run.folder)
     draw_reconstruction(model, clips, run.recipe, run.device, run.folder / "reconstruction.png")
     draw_gif(model, clips, run.recipe, run.device, run.folder / "reconstruction.gif")
     say(f"{run.folder}/reconstruction.png and .gif")
@@ -1225,6 +1259,10 @@ def load_data(run: Run, args: argparse.Namespace, config: VideoMAEConfig):
     recipe = run.recipe
     random_mask(recipe["mask"], 1, config.grid, recipe["mask_ratio"])  # a bad mask or ratio is an error before the work
     if args.data == "embedded":
+        gigabytes = recipe["unlabelled_clips"] * config.num_frames * math.prod(config.image_hw) * 3 / 1e9
+        if gigabytes > 4:
+            raise ValueError(f"--data: embedded clips of {config.num_frames} x {config.image_hw} would take "
+                             f"{gigabytes:.0f} GB; expected --data FOLDER for a model of this size")
         return (MotionClips(recipe["unlabelled_clips"], config, run.seed),
                 MotionClips(recipe["test_clips"], config, HELD_OUT_SEEDS[args.evaluate_on]))
     if args.evaluate_on == "val":
@@ -1264,7 +1302,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def describe(run: Run, args: argparse.Namespace, config, train_clips, test_clips):
+def describe(run: Run, args: argparse.Namespace, config, train_clips, test_clips, stages):
     """One screen before the work starts."""
     recipe = run.recipe
     with torch.device("meta"):
@@ -1278,7 +1316,7 @@ def describe(run: Run, args: argparse.Namespace, config, train_clips, test_clips
         counts = torch.bincount(clips.labels, minlength=len(clips.classes)).tolist()
         per_class = ", ".join(f"{c} {n}" for c, n in list(zip(clips.classes, counts, strict=True))[:12])
         say(f"{name:9} {len(clips.labels)} clips: {per_class}" + ", ..." * (len(counts) > 12))
-    for stage in ("pretrain", "finetune"):
+    for stage in stages:
         say(f"{stage:9} {recipe[f'{stage}_steps']} steps of {recipe[f'{stage}_batch']} clips, lr "
             f"{recipe[f'{stage}_lr'] * recipe[f'{stage}_batch'] / 256:.1e}")
     say(f"seed      {run.seed}\noutput    {run.folder}/")
@@ -1305,29 +1343,34 @@ STAGES = {"all": ("pretrain", "finetune"), "pretrain": ("pretrain",), "finetune"
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
     """The command line -> its options, and the recipe with the command line's changes."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--data", default="embedded",
-                       help="embedded (the default); a folder, see split_folder; or ucf101-subset, which is downloaded")
-    first.add_argument("--recipe", choices=RECIPES, help="embedded for embedded clips, laptop for others, or ucf101")
+    data = first.add_argument_group("data")
+    data.add_argument("--data", default="embedded", metavar="X",
+                      help="embedded (the default); a folder, see split_folder; or ucf101-subset, which is downloaded")
+    data.add_argument("--recipe", choices=RECIPES, help="embedded for embedded clips, laptop for others, or ucf101")
+    data.add_argument("--split", type=int, default=1, metavar="N", help="which of UCF101's official splits (1)")
+    data.add_argument("--evaluate-on", choices=["test", "val"], default="test", help="embedded clips only (test)")
+    data.add_argument("--cache", default="runs/.cache", metavar="DIR", help="of decoded videos (runs/.cache)")
     known, _ = first.parse_known_args(argv)
     recipe = RECIPES[known.recipe or ("embedded" if known.data == "embedded" else "laptop")]
-    parser = argparse.ArgumentParser(parents=[first], description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="train_tiny.py [stage] [--data X] [--recipe X] [options] [VIDEO ...]")
-    parser.add_argument("stage", nargs="?", default="all",
+
+    parser = argparse.ArgumentParser(
+        parents=[first], description=__doc__, usage="train_tiny.py [stage] [--data X] [options] [VIDEO ...]",
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=120))
+    parser.add_argument("stage", nargs="?", default="all", metavar="stage",
                         choices=["all", "pretrain", "finetune", "eval", "predict", "reconstruct"],
-                        help="all: pretrain, fine-tune, compare, evaluate (the default); the others: one thing only")
+                        help="all: pretrain, fine-tune, compare, evaluate (the default); or one of pretrain, finetune, "
+                             "eval, predict, reconstruct")
     parser.add_argument("videos", nargs="*", metavar="VIDEO", help="for predict")
-    parser.add_argument("--init", help="weights to start from: a run of this script, a checkpoint file or directory, "
-                                       "or a hub id such as MCG-NJU/videomae-base; nothing is pretrained then")
-    parser.add_argument("--split", type=int, default=1, help="which of UCF101's official splits (1)")
-    parser.add_argument("--name", help="output folder inside --out; must not exist (default: the next free number)")
-    parser.add_argument("--out", default="runs", help="where output folders go (runs)")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run of that --name first")
-    parser.add_argument("--resume", metavar="RUN", help="go on with runs/<name>, which was interrupted")
-    parser.add_argument("--cache", default="runs/.cache", help="where decoded videos are kept (runs/.cache)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a whole run for each, and one table (0)")
-    parser.add_argument("--evaluate-on", choices=["test", "val"], default="test", help="embedded clips only (test)")
-    group = parser.add_argument_group("recipe", "the values shown are those of the chosen recipe")
+    group = parser.add_argument_group("start and output")
+    group.add_argument("--init", metavar="X", help="weights to start from: a run of this script, a checkpoint file or "
+                       "directory, or a hub id such as MCG-NJU/videomae-base; nothing is pretrained then")
+    group.add_argument("--resume", metavar="RUN", help="go on with runs/<name>, which was interrupted")
+    group.add_argument("--name", help="output folder inside --out; must not exist (default: the next free number)")
+    group.add_argument("--out", default="runs", metavar="DIR", help="where output folders go (runs)")
+    group.add_argument("--overwrite", action="store_true", help="remove the run of that --name first")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
+                       help="a whole run for each, and one table (0)")
+    group = parser.add_argument_group("recipe", "the values in brackets are those of the chosen recipe")
     for key, value in recipe.items():
         kind = dict(type=type(value), metavar="X")
         if isinstance(value, bool):
@@ -1335,14 +1378,21 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
         elif isinstance(value, list):
             kind = dict(type=type(value[0]), metavar="X", nargs="+")
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        group.add_argument("--" + key.replace("_", "-"), default=value, help=f"({shown})", **kind)
+        group.add_argument("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=f"({shown})", **kind)
     args = parser.parse_intermixed_args(argv)  # files may come after the options
     if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < HELD_OUT_SEEDS["test"] for seed in args.seeds):
         raise ValueError(f"--seeds: got {args.seeds}, expected different numbers from 0 to a million")
-    recipe = {key: getattr(args, key) for key in recipe}
+    given = {key: vars(args).pop(key) for key in recipe if key in args}  # on the command line
+    args.given, recipe = list(given), recipe | given
     check_recipe(recipe)
-    if args.stage in ("eval", "predict", "reconstruct") and not args.init:
+    if args.stage not in ("all", "pretrain") and not args.init and not args.resume:
         raise ValueError(f"--init: {args.stage} needs a model, for instance --init runs/embedded-1")
+    if args.init and {"model", "position_embedding"} & set(args.given):
+        raise ValueError("--model, --position-embedding: with --init they are those of its weights")
+    if args.resume and len(sys.argv if argv is None else [None, *argv]) > 3:
+        raise ValueError("--resume: takes no other option, the run goes on with its own")
+    if args.stage in ("eval", "predict", "reconstruct") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{args.stage}: runs in one process, without torchrun")
     if (args.stage == "predict") != bool(args.videos):
         raise ValueError(f"VIDEO: got {len(args.videos)} for {args.stage}; predict needs one or more, the others none")
     return args, recipe
@@ -1378,23 +1428,30 @@ def output_folder(args: argparse.Namespace) -> Path:
         prefix = args.data if args.data in ("embedded", "ucf101-subset") else Path(args.data).resolve().name
         return next(out / f"{prefix}-{i}" for i in itertools.count(1) if not (out / f"{prefix}-{i}").exists())
     folder = out / args.name
-    if folder.exists() and args.overwrite and (folder / "settings.json").is_file():
-        shutil.rmtree(folder)
-    if folder.exists():
+    if folder.exists() and not (args.overwrite and (folder / "settings.json").is_file()):
         raise ValueError(f"--name: {folder} exists already; choose another name, or --overwrite a run of this script")
+    if args.init and folder.resolve() in Path(args.init).resolve().parents:
+        raise ValueError(f"--overwrite: {args.init}, to start from, is in {folder}")
     return folder
 
 
 def find_model(init: str, stage: str) -> str:
     """A run of this script -> the directory in it that a stage starts from; anything else stays as it is."""
-    wanted = {"finetune": "pretrained", "all": "pretrained", "pretrain": "pretrained", "reconstruct": "pretrained"}
-    found = sorted(Path(init).glob(wanted.get(stage, "finetuned-*")), key=lambda path: path.stat().st_mtime)
+    pattern = "finetuned-*" if stage in ("eval", "predict") else "pretrained"
+    found = sorted(Path(init).glob(pattern), key=lambda path: path.stat().st_mtime)
     return str(found[-1]) if found else init
+
+
+def stop_soon(number, _):
+    """Let the step that runs be finished and saved; a second signal ends the program at once."""
+    STOP.set()
+    signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv=None):
     """The command line; see the top of the file."""
     args, recipe = parse_arguments(argv)
+    videomae.optional_import("safetensors.torch", "safetensors")  # models are saved with it
     resumed = args.resume
     if resumed:
         try:
@@ -1402,6 +1459,7 @@ def main(argv=None):
         except OSError as error:
             raise ValueError(f"--resume: {resumed} has no settings.json, expected a run of this script") from error
         args, recipe = argparse.Namespace(**settings["args"]), settings["recipe"]
+        check_recipe(recipe)
     if args.init:
         args.init = find_model(args.init, args.stage)
         if args.stage == "all":
@@ -1414,7 +1472,8 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first one decodes and evaluates, for hours if need be.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if args.stage == "predict":
         return predict(Run(Path(), args.seeds[0], recipe, device), args)
 
@@ -1424,7 +1483,8 @@ def main(argv=None):
     runs[0].wait()  # until every process has looked for a free name
     if args.stage in ("eval", "reconstruct"):
         return {"eval": evaluate, "reconstruct": reconstruct}[args.stage](runs[0], args)
-    signal.signal(signal.SIGINT, lambda *_: STOP.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_soon)
     try:
         summaries = [train_and_compare(run, args, STAGES[args.stage], folder) for run in runs]
     except KeyboardInterrupt:
@@ -1442,5 +1502,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"train_tiny.py: {error}")

@@ -2,7 +2,9 @@
 
     clip -> cubes -> tube mask -> encoder (visible cubes only) -> decoder (all positions) -> pixels of the hidden cubes
 
-Read it top to bottom; data flows through it in the paper's order. Shapes use one letter each:
+Read it top to bottom; data flows through it in the paper's order. The method is the part from "Cubes" to "Classifier";
+before it are the config and the image processor, after it reading and writing published checkpoints. Shapes use one
+letter each:
 
     B clips in the batch     T, H, W frames, rows, columns of pixels     C colour channels
     N cubes in a clip, T' x H' x W' of them; N_vis are visible and N_mask masked; M is any number of them
@@ -19,7 +21,7 @@ What differs from both, with the same numbers:
 - One `patchify` serves the embedding and the target. A Conv3d whose stride is its kernel is a Linear over a cube's
   numbers, so only the visible cubes need to be embedded, and the target is cut from the masked ones alone.
 - The mask becomes two lists of indices, visible and masked, once, instead of boolean indexing in several places.
-- The decoder, thrown away after pretraining, is one module; so is what is kept.
+- The encoder, which is kept, is one module; the decoder, thrown away after pretraining, is another.
 - Uneven masks, 8-bit pixels and swapped axes, which would give wrong numbers in silence, are errors that say so.
 """
 import argparse
@@ -113,13 +115,12 @@ class VideoMAEConfig:
         """The contents of a transformers config.json, of any version. Fields not known here are kept in `extra`."""
         values = dict(values)
         if "qkv_bias" in values:  # transformers 4 and every file on the hub; transformers 5: qv_bias
-            values["qv_bias"] = values.pop("qkv_bias")
+            values.setdefault("qv_bias", values.pop("qkv_bias"))
+            values.pop("qkv_bias", None)
         if values.get("id2label"):
             values["id2label"] = {int(i): label for i, label in values["id2label"].items()}
             values.setdefault("num_labels", len(values["id2label"]))
-        known = {f.name for f in fields(cls)} - {"extra"}
-        extra = {name: value for name, value in values.items() if name not in known}
-        return cls(**{name: value for name, value in values.items() if name in known}, extra=extra)
+        return cls(**with_extra(cls, values))
 
     def to_dict(self) -> dict:
         """For a config.json that every transformers reads. Raises ValueError for a function as hidden_act."""
@@ -141,8 +142,11 @@ class VideoMAEConfig:
         def is_count(value):
             return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
+        for name in ("image_size", "position_grid"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         size = self.image_size
-        is_pair = isinstance(size, tuple | list) and len(size) == 2 and all(is_count(side) for side in size)
+        is_pair = isinstance(size, tuple) and len(size) == 2 and all(is_count(side) for side in size)
         check("image_size", is_count(size) or is_pair, "a positive int or (height, width)")
         for name in ("patch_size", "num_channels", "num_frames", "tubelet_size", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size", "decoder_num_attention_heads", "decoder_hidden_size",
@@ -175,7 +179,7 @@ class VideoMAEConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -195,16 +199,16 @@ class VideoMAEConfig:
         return self.tubelet_size * self.patch_size**2 * self.num_channels
 
 
-def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **fields):
+def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **more):
     """The fields of a ViT whose MLPs are four times as wide as its tokens."""
     return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
                 decoder_hidden_size=decoder_width, decoder_num_hidden_layers=decoder_layers,
-                decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * decoder_width, **fields)
+                decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * decoder_width, **more)
 
 
 # small to huge: the sizes in the authors' modeling_pretrain.py, decoder depths from scripts/kinetics/*/pretrain.sh.
 # giant: VideoMAE V2's, whose other sizes are these; its MLPs are 48 / 11 times as wide as its tokens.
-# tiny and laptop: train_tiny.py's own. With 64 cubes the separable position table learns much faster, see README.
+# tiny and laptop: train_tiny.py's own. Small models learn much faster with the separable position table, see README.
 _SMALL_MODEL = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6, position_embedding="separable")
 PRESETS = {
     "small": _vit(384, 12, 6, 192, 4, 3),
@@ -217,6 +221,14 @@ PRESETS = {
 }
 
 
+def with_extra(cls, values: dict) -> dict:
+    """The fields of a dataclass that `values` holds, and under "extra" all else in it."""
+    known = {f.name for f in fields(cls)} - {"extra"}
+    unknown = {name: value for name, value in values.items() if name not in known | {"extra"}}
+    return {name: value for name, value in values.items() if name in known} | {
+        "extra": values.get("extra", {}) | unknown}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Image processor: frames as decoders give them -> pixel_values
 
@@ -227,6 +239,10 @@ class BatchFeature(dict):
     @property
     def pixel_values(self):
         return self["pixel_values"]
+
+    def to(self, *args, **kwargs) -> "BatchFeature":
+        """The tensors on another device or in another type."""
+        return BatchFeature({name: tensor.to(*args, **kwargs) for name, tensor in self.items()})
 
 
 RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling -> torch's name
@@ -287,6 +303,8 @@ class VideoMAEImageProcessor:
         if not hasattr(videos, "__len__") or len(videos) == 0:
             raise ValueError(f"videos: got {type(videos).__name__}, expected one video or several, and at least one")
         first = videos[0]
+        if getattr(videos, "ndim", 4) == 3 and videos.shape[-1] == 3:
+            raise ValueError(f"videos: got one image of shape {tuple(videos.shape)}, expected a list of frames")
         is_one_video = hasattr(first, "getbands") or getattr(first, "ndim", 4) < 4  # getbands: a PIL image
         batch = [settings.process(stack_frames(video, input_data_format))
                  for video in ([videos] if is_one_video else videos)]
@@ -303,6 +321,9 @@ class VideoMAEImageProcessor:
 
     def process(self, frames: Tensor) -> Tensor:
         """(T, C, H, W) uint8 or float -> (T, C, H', W') float32, or as it came where nothing is rescaled."""
+        if self.do_rescale and frames.is_floating_point() and 0 < frames.max() <= 1:
+            raise ValueError("do_rescale: got float frames within [0, 1], which are scaled already; expected "
+                             "do_rescale=False with them, or values from 0 to 255")
         if self.do_resize:
             if "shortest_edge" in self.size:
                 frames = resize_short_side(frames, self.size["shortest_edge"], self.resample)
@@ -311,9 +332,6 @@ class VideoMAEImageProcessor:
         if self.do_center_crop:
             frames = center_crop(frames, self.crop_size["height"], self.crop_size["width"])
         if self.do_rescale:
-            if frames.is_floating_point() and 0 < frames.max() <= 1:
-                raise ValueError("do_rescale: got float frames within [0, 1], which are scaled already; expected "
-                                 "do_rescale=False with them, or values from 0 to 255")
             frames = frames.float() * self.rescale_factor
         if self.do_normalize:
             for name in ("image_mean", "image_std"):
@@ -329,9 +347,7 @@ class VideoMAEImageProcessor:
     def from_pretrained(cls, source: str | os.PathLike, **overrides) -> "VideoMAEImageProcessor":
         """The preprocessor_config.json of a directory or of a hub id such as "MCG-NJU/videomae-base"."""
         values = read_json(source, "preprocessor_config.json")
-        known = {f.name for f in fields(cls)} - {"extra"}
-        extra = {name: value for name, value in values.items() if name not in known}
-        return cls(**{**{name: value for name, value in values.items() if name in known}, **overrides}, extra=extra)
+        return cls(**with_extra(cls, values) | overrides)
 
     def save_pretrained(self, directory: str | os.PathLike):
         """Write preprocessor_config.json, for `from_pretrained` here and in transformers. Overwrites nothing."""
@@ -386,7 +402,7 @@ def resize_short_side(frames: Tensor, short_side: int, resample: int = 2) -> Ten
 
 
 def resize(frames: Tensor, size: tuple[int, int], resample: int = 2) -> Tensor:
-    """(T, C, H, W) uint8 or float -> the same dtype, (T, C, *size); `resample` as in VideoMAEImageProcessor.
+    """(T, C, H, W) -> (T, C, *size), uint8 or else float32; `resample` as in VideoMAEImageProcessor.
 
     8-bit frames on the CPU come out as from Pillow: where torch's own 8-bit resize agrees with it within one level
     (bilinear, sides in proportion) by that, which is over ten times faster; else by Pillow, which is needed then.
@@ -509,11 +525,11 @@ def split_mask(bool_masked_pos: Tensor) -> tuple[Tensor, Tensor]:
 def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, Tensor], cubes: Tensor) -> tuple[Tensor, Tensor]:
     """A mask, or what `split_mask` made of it -> `split_mask`'s indices, on the device of cubes (B, N, P).
 
-    A mask is best made and split on the CPU. Splitting looks at its values, for which a GPU would have to be waited for
-    and a compiled step be interrupted: those want the pair.
+    Splitting a mask on a GPU waits for the GPU, and splitting one at all breaks a compiled graph; a pair that was made
+    on the CPU does neither.
     """
     pair = bool_masked_pos if isinstance(bool_masked_pos, tuple) else split_mask(bool_masked_pos)
-    visible, masked = (index.to(cubes.device, non_blocking=True) for index in pair)
+    visible, masked = (index.to(cubes.device, non_blocking=cubes.is_cuda) for index in pair)
     if (len(visible), visible.shape[1] + masked.shape[1]) != cubes.shape[:2] or len(masked) != len(visible):
         raise ValueError(f"bool_masked_pos: got {visible.shape[1] + masked.shape[1]} cubes for {len(visible)} clips, "
                          f"expected (batch, cubes in a clip) = {tuple(cubes.shape[:2])}")
@@ -704,8 +720,8 @@ class VideoMAEModel(nn.Module):
         self.norm = nn.Identity() if config.use_mean_pooling else nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor] | None = None,
-                head_mask: Tensor | None = None, output_attentions: bool | None = None,
-                output_hidden_states: bool | None = None, return_dict: bool | None = None) -> BaseModelOutput | tuple:
+                head_mask: Tensor | None = None, output_attentions: bool = False,
+                output_hidden_states: bool = False, return_dict: bool | None = None) -> BaseModelOutput | tuple:
         """Encode a clip, or its visible cubes.
 
         pixel_values: (B, T, C, H, W) float, normalized as in pretraining: `normalize`, or VideoMAEImageProcessor with
@@ -725,7 +741,7 @@ class VideoMAEModel(nn.Module):
         return as_tuple(self.encode(cubes, positions, head_mask, output_attentions, output_hidden_states), return_dict)
 
     def encode(self, cubes: Tensor, positions: Tensor, head_mask: Tensor | None = None,
-               output_attentions: bool | None = None, output_hidden_states: bool | None = None) -> BaseModelOutput:
+               output_attentions: bool = False, output_hidden_states: bool = False) -> BaseModelOutput:
         """cubes (B, N_vis, P), their positions (N_vis, D) or (B, N_vis, D), and `forward`'s options."""
         num_layers, num_heads = self.config.num_hidden_layers, self.config.num_attention_heads
         if head_mask is not None:
@@ -736,7 +752,7 @@ class VideoMAEModel(nn.Module):
         x = self.embed(cubes) + positions
         hidden_states, attentions = [x], []
         for i, block in enumerate(self.blocks):
-            x, weights = block(x, None if head_mask is None else head_mask[i], bool(output_attentions))
+            x, weights = block(x, None if head_mask is None else head_mask[i], output_attentions)
             if output_hidden_states:
                 hidden_states.append(x)
             attentions.append(weights)
@@ -797,7 +813,7 @@ class VideoMAEForPreTrainingOutput(NamedTuple):
 class Reconstruction(NamedTuple):
     """Three videos to look at, see `VideoMAEForPreTraining.reconstruct`."""
 
-    original: Tensor  # (B, T, C, H, W) in [0, 1]
+    original: Tensor  # (B, T, C, H, W) in [0, 1]; where C is not 3, as it came
     masked: Tensor  # (B, T, C, H, W): the original, masked cubes grey
     reconstruction: Tensor  # (B, T, C, H, W): visible cubes as they are, masked cubes as predicted
     borrows_truth: bool  # True with norm_pix_loss: each predicted cube took its mean and std from the original
@@ -822,8 +838,8 @@ class VideoMAEForPreTraining(nn.Module):
         self.decoder = VideoMAEDecoder(config)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor],
-                head_mask: Tensor | None = None, output_attentions: bool | None = None,
-                output_hidden_states: bool | None = None,
+                head_mask: Tensor | None = None, output_attentions: bool = False,
+                output_hidden_states: bool = False,
                 return_dict: bool | None = None) -> VideoMAEForPreTrainingOutput | tuple:
         """Predict the masked cubes of a clip and compare them with the truth.
 
@@ -849,7 +865,8 @@ class VideoMAEForPreTraining(nn.Module):
         """What to predict for some cubes, (B, M, P) -> (B, M, P): their pixels, with `norm_pix_loss` normalized.
 
         Normalizing each cube by its own mean and std, per channel, takes the brightness out of the task and leaves the
-        structure: the paper and MAE both find it learns better features. Source: engine_for_pretraining.py.
+        structure: the paper and MAE both find it learns better features. Going back to [0, 1] first then matters only
+        beside the 1e-6 in `cube_statistics`, as published. Source: engine_for_pretraining.py.
         """
         pixels = self.to_pixels(cubes)
         if self.config.norm_pix_loss:
@@ -863,7 +880,7 @@ class VideoMAEForPreTraining(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> Reconstruction:
-        """The pictures of a forward pass, for the arguments of `forward`; call `eval()` first. Not clamped to [0, 1].
+        """The pictures of a forward pass, for a clip and a mask (B, N); call `eval()` first. Not clamped to [0, 1].
 
         A `norm_pix_loss` model predicts no brightness and no contrast. To draw its cubes, each borrows the mean and std
         of the true one, and `borrows_truth` is set: say so under the picture.
@@ -908,7 +925,8 @@ class ImageClassifierOutput(NamedTuple):
 
 
 class VideoMAEForVideoClassification(nn.Module):
-    """All cubes through the encoder, mean over the tokens, norm, linear."""
+    """All cubes through the encoder, mean over the tokens, norm, linear; with `use_mean_pooling=False` the norm is the
+    encoder's and the first token stands for all."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -920,7 +938,7 @@ class VideoMAEForVideoClassification(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, pixel_values: Tensor, head_mask: Tensor | None = None, labels: Tensor | None = None,
-                output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+                output_attentions: bool = False, output_hidden_states: bool = False,
                 return_dict: bool | None = None) -> ImageClassifierOutput | tuple:
         """Classify clips.
 
@@ -948,7 +966,11 @@ class VideoMAEForVideoClassification(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **config_overrides) -> "VideoMAEForVideoClassification":
-        """A published classifier, or the encoder of a pretraining checkpoint and a new head; see `load_pretrained`."""
+        """A published classifier, or the encoder of a pretraining checkpoint and a new head; see `load_pretrained`.
+
+        The config of a pretraining checkpoint says `use_mean_pooling=False`: the classifier then takes the first token,
+        as in transformers. The authors fine-tune with `use_mean_pooling=True`, which can be given here.
+        """
         return load_pretrained(cls, source, config_overrides)
 
     def save_pretrained(self, directory: str | os.PathLike):
@@ -970,12 +992,12 @@ TRANSFORMERS_NAMES = [
     ("attention.output.dense.", "attn.proj."),
     ("intermediate.dense.", "mlp.fc1."),
     ("output.dense.", "mlp.fc2."),
-    ("layernorm.", "norm."),
 ]
 # (pattern, ours), replaced after those: the authors' names, also VideoMAE V2's, and what else there is. Loading only.
 OTHER_NAMES = [
     (r"query\.bias", "q_bias"),  # a model built in transformers 5; every file on the hub has q_bias
     (r"value\.bias", "v_bias"),
+    (r"layernorm\.", "norm."),
     (r"^encoder\.", "videomae."),
     (r"^(patch_embed|embed|blocks|norm)\.", r"videomae.\1."),  # an encoder alone, or a classifier of the authors
     (r"patch_embed\.proj", "embed"),
@@ -1033,10 +1055,8 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
                      for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True)}
         for name, tensor in parts.items():
             for theirs, ours in TRANSFORMERS_NAMES[::-1]:
-                # the last norm of the encoder only: fc_norm and the decoder's have the same name in transformers
-                if ours != "norm." or re.search(r"^(videomae\.)?norm\.", name):
-                    name = name.replace(ours, theirs)
-            out[name] = tensor.contiguous()
+                name = name.replace(ours, theirs)
+            out[re.sub(r"^(videomae\.)?norm\.", r"\1layernorm.", name)] = tensor.contiguous()
     return out
 
 
@@ -1095,7 +1115,9 @@ def fetch(source: str | os.PathLike, filename: str) -> Path | None:
     try:
         return Path(hub.hf_hub_download(str(source), filename))
     except Exception as error:
-        if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        # Without a network a repository is known by its config.json; what is not in the cache with it is not there.
+        if "EntryNotFoundError" in kinds and not ("LocalEntryNotFoundError" in kinds and filename == "config.json"):
             return None
         raise ValueError(f"source: {source} is no file or directory here, and {filename} could not be fetched from the "
                          f"hub ({type(error).__name__}: {str(error).splitlines()[0]})") from error
@@ -1114,8 +1136,10 @@ def read_json(source: str | os.PathLike, filename: str) -> dict:
 
 def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
     """A file, a directory or a hub id -> the state dict as it was saved, and config.json's fields if there are any."""
-    if Path(source).is_file():
-        return read_weights(Path(source)), None
+    path = Path(source)
+    if path.is_file():
+        has_config = path.name in ("model.safetensors", "pytorch_model.bin") and (path.parent / "config.json").is_file()
+        return read_weights(path), read_json(path.parent, "config.json") if has_config else None
     values = read_json(source, "config.json")
     for filename in ("model.safetensors", "pytorch_model.bin"):
         if path := fetch(source, filename):
@@ -1137,12 +1161,14 @@ def infer_config(state_dict: dict[str, Tensor], **overrides) -> VideoMAEConfig:
     """The config of weights that come without one, from their shapes; `overrides` are fields of VideoMAEConfig.
 
     Shapes do not tell the length and size of the clips: the published 16 frames of 224 x 224 are assumed. They do not
-    tell the number of heads either: the published models have heads 64 wide, but for `PUBLISHED_HEADS`.
+    tell the number of heads either: the published models have heads 64 wide, but for `PUBLISHED_HEADS`. What is assumed
+    is logged. Raises ValueError where the weights are not a VideoMAE's.
     """
     weights = convert_state_dict(state_dict)
     embed = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
     if embed is None or "videomae.blocks.0.mlp.fc1.weight" not in weights:
-        raise ValueError("source: no Conv3d or no block among the weights, expected a whole VideoMAE")
+        raise ValueError("source: no Conv3d or no block among the weights, expected a published VideoMAE; a model of "
+                         "this file is saved by save_pretrained, with its config")
     values = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6, num_channels=embed.shape[1], tubelet_size=embed.shape[2],
                   patch_size=embed.shape[3], qv_bias="videomae.blocks.0.attn.q_bias" in weights,
                   use_mean_pooling="videomae.norm.weight" not in weights)
@@ -1159,29 +1185,37 @@ def infer_config(state_dict: dict[str, Tensor], **overrides) -> VideoMAEConfig:
                              f"{heads}=... to be given")
         values |= {f"{prefix}hidden_size": width, f"{prefix}num_hidden_layers": depth,
                    f"{prefix}intermediate_size": intermediate, heads: PUBLISHED_HEADS.get(width, width // 64)}
-    return VideoMAEConfig(**{**values, **overrides})
+    config = VideoMAEConfig(**values | overrides)
+    heads = [name for name in values if name.endswith("attention_heads")]
+    assumed = [name for name in ("num_frames", "image_size", *heads) if name not in overrides]
+    if assumed:
+        logger.warning("the weights do not tell, assumed: "
+                       + ", ".join(f"{name}={getattr(config, name)}" for name in assumed))
+    return config
 
 
 def make_config(state_dict: dict[str, Tensor], values: dict | None, overrides: dict) -> VideoMAEConfig:
     """The config of a checkpoint: its config.json, else the shapes of its weights, with the caller's `overrides`."""
     if unknown := overrides.keys() - {f.name for f in fields(VideoMAEConfig)}:
         raise TypeError(f"config_overrides: {', '.join(sorted(unknown))} is no field of VideoMAEConfig")
-    if values is None or "model_config" in values:  # the hub's VideoMAE V2 has its own kind of config.json
-        v2 = (values or {}).get("model_config", {})
+    if "id2label" in overrides:
+        overrides = {"num_labels": len(overrides["id2label"])} | overrides
+    if values is None:
+        return infer_config(state_dict, **overrides)
+    if "model_config" in values:  # the hub's VideoMAE V2 has its own kind of config.json
         names = {"img_size": "image_size", "num_frames": "num_frames", "num_heads": "num_attention_heads"}
-        overrides = {names[name]: x for name, x in v2.items() if name in names} | overrides
-        config = infer_config(state_dict, **overrides)
-        if assumed := [name for name in ("num_frames", "image_size") if name not in overrides]:
-            logger.warning("the weights do not tell, assumed: "
-                           + ", ".join(f"{name}={getattr(config, name)}" for name in assumed))
-        return config
-    if values.get("model_type", "videomae") != "videomae":
-        raise ValueError(f"source: config.json says model_type {values['model_type']!r}, expected 'videomae'")
-    if "num_labels" in overrides:  # the names are not those of the new labels
-        values = {name: x for name, x in values.items() if name not in ("id2label", "label2id")}
-    grid, config = VideoMAEConfig.from_dict(values).grid, VideoMAEConfig.from_dict({**values, **overrides})
-    if config.grid != grid and "position_grid" not in overrides:
-        raise ValueError(f"position_grid: the clips' grid changes from {grid} to {config.grid}, expected "
+        known = {names[name]: x for name, x in values["model_config"].items() if name in names}
+        old, config = infer_config(state_dict, **known), infer_config(state_dict, **known | overrides)
+    else:
+        if values.get("model_type", "videomae") != "videomae":
+            raise ValueError(f"source: config.json says model_type {values['model_type']!r}, expected 'videomae'")
+        old = VideoMAEConfig.from_dict(values)
+        if overrides.get("num_labels", old.num_labels) != old.num_labels:  # the names are not those of the new labels
+            values = {name: x for name, x in values.items() if name not in ("id2label", "label2id")}
+        config = VideoMAEConfig.from_dict(values | overrides)
+    if config.grid != old.grid and "position_grid" not in overrides:
+        grid = old.position_grid or old.grid
+        raise ValueError(f"position_grid: the clips' grid changes from {old.grid} to {config.grid}, expected "
                          f"position_grid={grid} to interpolate the positions, or position_grid=None to make new ones")
     return config
 
@@ -1193,18 +1227,22 @@ def load_pretrained(cls, source: str | os.PathLike, config_overrides: dict):
         as "MCG-NJU/videomae-base"; a file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), whose
         config is inferred from the shapes, see `infer_config`.
     config_overrides: fields of VideoMAEConfig. `num_labels` gives a new head where it differs. Another length or size
-        of clips wants `position_grid` too: None or the old grid, see there.
-    Every weight is used, or named: a new head, and a decoder or a norm that `cls` has no place for, are logged in one
-    line. All other missing, unexpected or mis-shaped weights raise one ValueError that lists them.
+        of clips than a config.json says wants `position_grid` too: None or the old grid, see there.
+    Every weight is used, or named: a new head, a decoder that `cls` does not have, a head that the encoder does not
+    have and the encoder's last norm where `fc_norm` replaces it are logged in one line. All other missing, unexpected
+    or mis-shaped weights raise one ValueError that lists them.
     """
     state_dict, values = read_checkpoint(source)
     config = make_config(state_dict, values, config_overrides)
     weights, model = convert_state_dict(state_dict), cls(config)
-    prefix = "videomae." if cls is VideoMAEModel else ""
+    prefix = "videomae." if issubclass(cls, VideoMAEModel) else ""
     expected = {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
-    droppable = {VideoMAEModel: ("decoder.", "classifier.", "fc_norm."), VideoMAEForPreTraining: (),
-                 VideoMAEForVideoClassification: ("decoder.", *["videomae.norm."] * config.use_mean_pooling)}[cls]
+    droppable = ()
+    if issubclass(cls, VideoMAEModel):
+        droppable = ("decoder.", "classifier.", "fc_norm.")
+    elif issubclass(cls, VideoMAEForVideoClassification):
+        droppable = ("decoder.", "videomae.norm.") if config.use_mean_pooling else ("decoder.",)
     dropped = {name for name in weights.keys() - expected.keys() if name.startswith(droppable)}
     if {"num_labels", "id2label"} & config_overrides.keys() and "classifier.weight" in expected:
         old = weights.get("classifier.weight")
@@ -1301,7 +1339,7 @@ def inspect_checkpoint(source: str, overrides: dict):
     changed = {f.name: getattr(config, f.name) for f in fields(config)
                if f.name != "extra" and getattr(config, f.name) != getattr(defaults, f.name)}
     print(f"config      {', '.join(f'{name}={value}' for name, value in changed.items()) or 'the defaults'}")
-    print("checks      every weight has its place and its shape")
+    print("checks      every weight is used, or named above as not used")
     print(f"            numbers: {'all finite' if not broken else 'NOT FINITE in ' + ', '.join(broken)}")
     print(f"            query and value biases: {len(biases)}, " + (f"ALL ZERO in {zero}" if zero else "none all zero"))
     if broken:
@@ -1335,13 +1373,14 @@ def main():
         sub.add_argument("source", help="a file, a directory, or a hub id such as MCG-NJU/videomae-base")
         if command == "convert":
             sub.add_argument("target", help="the new directory")
-        sub.add_argument("field", nargs="*", help="what the file does not say: num_attention_heads=3 num_frames=8")
+        sub.add_argument("settings", nargs="*", metavar="field=value",
+                          help="what the file does not say: num_attention_heads=3 num_frames=8")
     args = parser.parse_args()
     try:
-        pairs = [field.split("=", 1) for field in args.field]
+        pairs = [setting.split("=", 1) for setting in args.settings]
         if not all(len(pair) == 2 for pair in pairs):
-            raise ValueError(f"field: got {args.field}, expected name=value")
-        overrides = {name: json.loads(value) for name, value in pairs}
+            raise ValueError(f"field=value: got {' '.join(args.settings)}")
+        overrides = {name: json.loads(value) if re.match(r"[\d\[{tfn]", value) else value for name, value in pairs}
         if args.command == "inspect":
             inspect_checkpoint(args.source, overrides)
         else:
