@@ -653,6 +653,26 @@ def memory() -> str:
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"  # bytes there, kilobytes elsewhere
 
 
+def update(run: Run, model, tensors: list[Tensor], loss_of, optimizer, scaler, dtype: torch.dtype) -> Tensor:
+    """One step on one batch, computed in `accumulate` parts -> the mean loss of this process's rows."""
+    parts, step_loss = run.recipe["accumulate"], 0
+    for i in range(parts):
+        part = [tensor.chunk(parts)[i].to(run.device, non_blocking=True) for tensor in tensors]
+        wait_to_sync = run.world > 1 and i + 1 < parts  # processes exchange gradients once, after the last part
+        with model.no_sync() if wait_to_sync else contextlib.nullcontext(), \
+                torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, *part) / parts
+        scaler.scale(loss).backward()
+        step_loss = step_loss + loss.detach()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]),
+                             run.recipe["gradient_clip"])
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return step_loss
+
+
 def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: int, base_lr: float, betas,
           epoch: int, layer_decay: float = 1.0, picture=None) -> dict:
     """AdamW on loss_of(model, *batch) for some steps; the model is trained in place -> losses and the wait for data,
@@ -710,21 +730,7 @@ def train(run: Run, stage: str, model, make_batch, loss_of, batch: int, steps: i
         rate = learning_rate(step, steps, peak, recipe["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        step_loss = 0
-        for i in range(recipe["accumulate"]):
-            part = [tensor.chunk(recipe["accumulate"])[i] for tensor in tensors]
-            wait_to_sync = run.world > 1 and i + 1 < recipe["accumulate"]
-            with trained.no_sync() if wait_to_sync else contextlib.nullcontext(), \
-                    torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_of(trained, *(tensor.to(device, non_blocking=True) for tensor in part))
-            loss = loss / recipe["accumulate"]
-            scaler.scale(loss).backward()
-            step_loss = step_loss + loss.detach()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), recipe["gradient_clip"])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        step_loss = update(run, trained, tensors, loss_of, optimizer, scaler, dtype)
         recent.append((step, step_loss, rate))
         done = step + 1
         stop = STOP.is_set() and run.world == 1  # several processes stop together, below

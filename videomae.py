@@ -116,7 +116,6 @@ class VideoMAEConfig:
         values = dict(values)
         if "qkv_bias" in values:  # transformers 4 and every file on the hub; transformers 5: qv_bias
             values.setdefault("qv_bias", values.pop("qkv_bias"))
-            values.pop("qkv_bias", None)
         if values.get("id2label"):
             values["id2label"] = {int(i): label for i, label in values["id2label"].items()}
             values.setdefault("num_labels", len(values["id2label"]))
