@@ -1360,19 +1360,23 @@ def test_augmentations():
     torch.manual_seed(0)
     clip = torch.randn(64, 2, 3, 8, 8)
     draw = train_tiny.Draw(3, 5, 64, slice(None))
-    random = torch.cat([draw.uniform(5), draw.normal(1)], dim=1)
+    random = torch.cat([draw.uniform(9), draw.normal(3)], dim=1)
     half = train_tiny.Draw(3, 5, 64, slice(32, 64))
-    assert torch.equal(torch.cat([half.uniform(5), half.normal(1)], dim=1), random[32:])
+    assert torch.equal(torch.cat([half.uniform(9), half.normal(3)], dim=1), random[32:])
 
     flipped = train_tiny.flip(clip, random[:, 0])
     mirrored = (flipped == clip.flip(-1)).flatten(1).all(dim=1)
     assert 15 < mirrored.sum() < 49 and torch.equal(flipped[~mirrored], clip[~mirrored])
 
-    recoloured = train_tiny.recolour(clip, random)
-    for before, after in zip(clip[:8], recoloured, strict=False):  # channel by channel a straight line, alike in time
-        channels = [[np.corrcoef(a.flatten(), b.flatten())[0, 1] for a in before.transpose(0, 1)]
-                    for b in after.transpose(0, 1)]
+    recoloured, signs = train_tiny.recolour(clip, random), set()
+    for before, after in zip(clip, recoloured, strict=True):  # channel by channel a straight line, alike in time
+        channels = np.array([[np.corrcoef(a.flatten(), b.flatten())[0, 1] for a in before.transpose(0, 1)]
+                             for b in after.transpose(0, 1)])
         assert (np.abs(channels).round(4) == 1).sum() == 3
+        signs.add(tuple(np.sign(channels[np.abs(channels).round(4) == 1]).tolist()))
+    assert len(signs) == 8, "each channel has its own sign, as it has its own contrast and shift"
+    slopes = [[after[:, c].std() for c in range(3)] for after in recoloured]
+    assert np.std(slopes, axis=1).min() > 0.005
 
     targets = torch.eye(64)
     for alphas in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):

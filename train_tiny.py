@@ -516,13 +516,13 @@ def flip(pixel_values: Tensor, random: Tensor) -> Tensor:
 
 
 def recolour(pixel_values: Tensor, random: Tensor) -> Tensor:
-    """(B, T, C, H, W) -> the same: channels shuffled, negated, stretched and shifted, alike in all frames of a clip.
+    """(B, T, C, H, W) -> the same: channels shuffled, each negated or not, stretched and shifted, alike in all frames.
 
-    random (B, 6), from 0 to 1, the last normal. It changes what is seen and not how it moves. Without it a few labelled
-    clips are told apart by their colours.
+    random (B, 12), from 0 to 1, the last 3 normal. It changes what is seen and not how it moves. Without it a few
+    labelled clips are told apart by their colours.
     """
     order = random[:, :3].argsort(dim=1).view(-1, 1, 3, 1, 1).expand_as(pixel_values)
-    sign, contrast, shift = random[:, 3:].view(-1, 3, 1, 1, 1, 1).unbind(dim=1)
+    sign, contrast, shift = random[:, 3:].view(-1, 3, 1, 3, 1, 1).unbind(dim=1)  # (B, 1, C, 1, 1) each
     return pixel_values.gather(2, order) * (sign.round() * 2 - 1) * (0.5 + contrast) + 0.5 * shift
 
 
@@ -817,7 +817,7 @@ def finetune(run: Run, clips, subset: Tensor, model: VideoMAEForVideoClassificat
     def make_batch(step):
         draw = Draw(run.seed, step, batch, run.rows(batch))
         indices = clips_of_step(subset, batch // repeats, step, run.seed).repeat_interleave(repeats)[draw.rows]
-        random = torch.cat([draw.uniform(7), draw.normal(1)], dim=1)  # flip, mix, recolour (6)
+        random = torch.cat([draw.uniform(11), draw.normal(3)], dim=1)  # flip, mix, recolour (12)
         return clips.load(indices, draw), clips.labels[indices], random
 
     def loss_of(model, frames, labels, random):
