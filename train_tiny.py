@@ -52,6 +52,7 @@ from videomae import (
     random_mask,
     resize_short_side,
     split_mask,
+    write_whole,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,9 +249,9 @@ Entries = list[tuple[Path, int]]  # (file, label)
 def split_folder(folder: Path, split: int = 1) -> tuple[list[str], dict[str, Entries]]:
     """A folder -> its class names and {"train": [(file, label)], "test": [...]}. What it may hold, the first found:
 
-    1. UCF101: Class/*.avi and ucfTrainTestlist/ with the official lists, of which `split` (1 to 3) is followed
-    2. the authors' lists: train.csv and test.csv (or val.csv), a path and a label in each line
-    3. train/Class/* and test/Class/* (or val/)
+    1. the authors' lists: train.csv and test.csv (or val.csv), a path and a label in each line
+    2. train/Class/* and test/Class/* (or val/)
+    3. UCF101: Class/*.avi and ucfTrainTestlist/ with the official lists, of which `split` (1 to 3) is followed
     4. Class/*: every fifth scene of a class is for testing; a scene is a UCF101 group (`_g07_` in the name) where names
        carry one, else a file, so that no scene is on both sides
 
@@ -428,18 +429,6 @@ def estimate_size(file: Path) -> float:
             return 3 * frames * max(stream.width, stream.height) / max(1, min(stream.width, stream.height))
     except (av.FFmpegError, IndexError):
         return 0.0
-
-
-def write_whole(path: Path, write):
-    """Call write(a binary file) for a temporary file beside `path`, then rename: a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict):

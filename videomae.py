@@ -32,6 +32,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -430,16 +431,16 @@ def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
     return frames[..., top : top + height, left : left + width]
 
 
-def normalize(frames: Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> Tensor:
-    """(..., 3, H, W) uint8 -> float32, (x / 255 - mean) / std per channel. Raises TypeError for another dtype."""
+def normalize(frames: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32, (x / 255 - mean) / std with ImageNet's. Raises TypeError for another dtype."""
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames: got {frames.dtype}, expected 8-bit frames (uint8, 0 to 255)")
-    mean, std = (torch.tensor(x, device=frames.device).view(3, 1, 1) for x in (mean, std))
+    mean, std = (torch.tensor(x, device=frames.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return (frames.float() / 255 - mean) / std
 
 
 def denormalize(pixels: Tensor) -> Tensor:
-    """Undo `normalize` with ImageNet's statistics: (..., C), channels last -> [0, 1].
+    """Undo `normalize`: (..., C), channels last -> [0, 1].
 
     Where C is not 3 the pixels come back as they are: those statistics are of RGB.
     """
@@ -1231,7 +1232,12 @@ def load_pretrained(cls, source: str | os.PathLike, config_overrides: dict):
     have and the encoder's last norm where `fc_norm` replaces it are logged in one line. All other missing, unexpected
     or mis-shaped weights raise one ValueError that lists them.
     """
-    state_dict, values = read_checkpoint(source)
+    return build_pretrained(cls, source, *read_checkpoint(source), config_overrides)
+
+
+def build_pretrained(cls, source: str | os.PathLike, state_dict: dict[str, Tensor], values: dict | None,
+                     config_overrides: dict):
+    """`load_pretrained`, after `read_checkpoint` gave the state dict and the config's fields; `source` names them."""
     config = make_config(state_dict, values, config_overrides)
     weights, model = convert_state_dict(state_dict), cls(config)
     prefix = "videomae." if issubclass(cls, VideoMAEModel) else ""
@@ -1295,13 +1301,19 @@ def write_new(contents: dict[Path, bytes]):
         if path.exists():
             raise ValueError(f"directory: {path} exists already, expected a directory without it")
     for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, lambda file, content=content: file.write(content))
+
+
+def write_whole(path: Path, write):
+    """Call write(a binary file) for a temporary file beside `path`, then rename: a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1320,7 +1332,7 @@ def inspect_checkpoint(source: str, overrides: dict):
     """Print what a checkpoint is and whether it is sound. Raises ValueError as `load_pretrained` does."""
     state_dict, values = read_checkpoint(source)
     cls = model_class(state_dict)
-    model = cls.from_pretrained(source, **overrides)
+    model = build_pretrained(cls, source, state_dict, values, overrides)
     config = model.config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     presets = [name for name in PRESETS
@@ -1347,10 +1359,10 @@ def inspect_checkpoint(source: str, overrides: dict):
 
 def convert_checkpoint(source: str, target: str, overrides: dict):
     """Any checkpoint -> a directory that transformers reads, with the processor's config."""
-    state_dict, values = read_checkpoint(source)
     if Path(target).exists():
         raise ValueError(f"target: {target} exists already, expected a new directory")
-    model = model_class(state_dict).from_pretrained(source, **overrides)
+    state_dict, values = read_checkpoint(source)
+    model = build_pretrained(model_class(state_dict), source, state_dict, values, overrides)
     if values is not None and fetch(source, "preprocessor_config.json"):
         processor = VideoMAEImageProcessor.from_pretrained(source)
     else:  # as the authors prepare their clips
