@@ -51,6 +51,7 @@ from videomae import (
     normalize,
     random_mask,
     resize_short_side,
+    running_cells,
     split_mask,
     write_whole,
 )
@@ -62,6 +63,7 @@ from videomae import (
 COMMON = dict(
     mask="tube",
     mask_ratio=0.75,  # the authors' for UCF101, their smallest data set
+    dual_masking=False,  # predict half of what is masked, as VideoMAE V2: half the decoder's work
     position_embedding="separable",  # learns faster in small models, see README
     frame_stride=4,  # the authors' for UCF101: 16 frames, 4 apart
     sampling="dense",  # "segments": one frame from each of 16 equal parts of the video, as the authors do for SSv2
@@ -782,7 +784,8 @@ def pretrain(run: Run, clips, config: VideoMAEConfig, stage: str, picture=None):
         draw = Draw(run.seed, step, batch, run.rows(batch))
         indices = clips_of_step(everything, batch, step, run.seed)[draw.rows]
         mask = random_mask(recipe["mask"], batch, config.grid, recipe["mask_ratio"], draw.generator)[draw.rows]
-        return clips.load(indices, draw), draw.uniform(), *split_mask(mask)
+        cells = running_cells(batch, config.grid, draw.generator)[draw.rows] if recipe["dual_masking"] else None
+        return clips.load(indices, draw), draw.uniform(), *split_mask(mask, cells)
 
     def loss_of(model, frames, random, visible, masked):
         pixel_values = normalize(frames)

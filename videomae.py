@@ -446,7 +446,7 @@ def denormalize(pixels: Tensor) -> Tensor:
     """
     if pixels.shape[-1] != 3:
         return pixels
-    return pixels * pixels.new_tensor(IMAGENET_STD) + pixels.new_tensor(IMAGENET_MEAN)
+    return torch.addcmul(pixels.new_tensor(IMAGENET_MEAN), pixels, pixels.new_tensor(IMAGENET_STD))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,9 +501,26 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_rat
     return mask.view(batch_size, *drawn[kind]).expand(batch_size, time, space).flatten(1)
 
 
-def split_mask(bool_masked_pos: Tensor) -> tuple[Tensor, Tensor]:
+def running_cells(batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Tensor:
+    """(B, N) bool on the CPU, True = to be predicted: half of the cubes, for `split_mask`. Not in VideoMAE, but in V2.
+
+    Video repeats itself, so predicting every masked cube teaches little more than predicting half of them, at twice the
+    decoder's work (V2's *dual masking*). Of each 2 x 2 places two are predicted, and which two moves on with time, so
+    that each place is at two of any four times: with a tube mask, half of the masked cubes in every clip.
+    Raises ValueError unless T' is a multiple of 4. Source: Wang et al., "VideoMAE V2", CVPR 2023, and its
+    masking_generator.py; that code also runs the predicted half of the visible places through the decoder.
+    """
+    if grid[0] % 4:
+        raise ValueError(f"grid: got {grid[0]} cubes in time, expected a multiple of 4, after which the cells repeat")
+    time, row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")  # (T', H', W') each
+    start = torch.randint(4, (batch_size, 1, 1, 1), generator=generator)
+    return ((2 * (row % 2) + column % 2 + time + start) % 4 >= 2).flatten(1)
+
+
+def split_mask(bool_masked_pos: Tensor, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(B, N) bool -> indices of the visible (B, N_vis) and of the masked cubes (B, N_mask), each in increasing order.
 
+    predicted: of the masked cubes keep only these, (B, N) bool, see `running_cells`; None keeps them all.
     Raises TypeError or ValueError unless the mask is a bool (B, N) with the same count in every clip and something left
     visible. Clips of different counts could not share a batch: where the total happens to divide, a reshape would move
     tokens from one clip into another in silence.
@@ -513,13 +530,15 @@ def split_mask(bool_masked_pos: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"bool_masked_pos: got {got}, expected a bool tensor, True = masked")
     if bool_masked_pos.ndim != 2 or len(bool_masked_pos) == 0:
         raise ValueError(f"bool_masked_pos: got shape {tuple(bool_masked_pos.shape)}, expected (batch, cubes)")
-    counts = bool_masked_pos.sum(dim=1).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(f"bool_masked_pos: got {counts} masked cubes per clip, expected the same count in each")
-    if counts[0] == bool_masked_pos.shape[1]:
+    if bool_masked_pos[0].all():
         raise ValueError("bool_masked_pos: every cube is masked, expected some to be visible")
-    batch_size = len(bool_masked_pos)
-    return tuple(places.nonzero()[:, 1].view(batch_size, -1) for places in (~bool_masked_pos, bool_masked_pos))
+    visible, masked = ~bool_masked_pos, bool_masked_pos if predicted is None else bool_masked_pos & predicted
+    for places in (visible, masked):
+        counts = places.sum(dim=1).tolist()
+        if len(set(counts)) > 1:
+            name = "visible" if places is visible else "masked"
+            raise ValueError(f"bool_masked_pos: got {counts} {name} cubes per clip, expected the same count in each")
+    return tuple(places.nonzero()[:, 1].view(len(places), -1) for places in (visible, masked))
 
 
 def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, Tensor], cubes: Tensor) -> tuple[Tensor, Tensor]:
@@ -530,15 +549,17 @@ def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, Tensor], cubes: Tensor)
     """
     pair = bool_masked_pos if isinstance(bool_masked_pos, tuple) else split_mask(bool_masked_pos)
     visible, masked = (index.to(cubes.device, non_blocking=cubes.is_cuda) for index in pair)
-    if (len(visible), visible.shape[1] + masked.shape[1]) != cubes.shape[:2] or len(masked) != len(visible):
-        raise ValueError(f"bool_masked_pos: got {visible.shape[1] + masked.shape[1]} cubes for {len(visible)} clips, "
-                         f"expected (batch, cubes in a clip) = {tuple(cubes.shape[:2])}")
+    num_hidden = cubes.shape[1] - visible.shape[1]
+    all_or_half = masked.shape[1] in (num_hidden, num_hidden / 2)  # half: `running_cells`
+    if not all_or_half or not len(visible) == len(masked) == len(cubes):
+        raise ValueError(f"bool_masked_pos: got {visible.shape[1]} visible and {masked.shape[1]} masked cubes for "
+                         f"{len(visible)} clips, expected (batch, cubes in a clip) = {tuple(cubes.shape[:2])}")
     return visible, masked
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens (B, N, D), index (B, M) -> (B, M, D): the indexed tokens of each clip."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,12 +582,15 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False):
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False,
+                queries: slice = slice(None)):
         """-> (B, N, D), and where asked for the attention weights (B, heads, N, N), else None.
 
-        head_mask (heads,) multiplies the weights of each head: 0 switches it off.
+        head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: the tokens to compute, all
+        unless said; they still attend to every token.
         """
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
+        q = q[:, queries]
         if self.q_bias is not None:
             q, v = q + self.q_bias, v + self.v_bias
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q, k, v))
@@ -608,10 +632,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False):
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False,
+                queries: slice = slice(None)):
         """-> (B, N, D), and the attention weights or None, see `Attention`."""
-        attended, weights = self.attn(self.norm1(x), head_mask, output_attentions)
-        x = x + self.branch(attended)
+        attended, weights = self.attn(self.norm1(x), head_mask, output_attentions, queries)
+        x = x[:, queries] + self.branch(attended)
         return x + self.branch(self.mlp(self.norm2(x))), weights
 
     def branch(self, x: Tensor) -> Tensor:
@@ -796,9 +821,11 @@ class VideoMAEDecoder(nn.Module):
         # Tokens need not go back to their places: each carries its position, and attention does not care for order.
         x = torch.cat([self.encoder_to_decoder(encoded) + self.positions[visible],
                        self.mask_token + self.positions[masked]], dim=1)  # (B, N, D_dec)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x, _ = block(x)
-        return self.head(self.norm(x[:, visible.shape[1] :]))
+        x, _ = last(x, queries=slice(visible.shape[1], None))  # (B, N_mask, D_dec): only these are predicted
+        return self.head(self.norm(x))
 
 
 class VideoMAEForPreTrainingOutput(NamedTuple):
@@ -819,10 +846,16 @@ class Reconstruction(NamedTuple):
     borrows_truth: bool  # True with norm_pix_loss: each predicted cube took its mean and std from the original
 
 
-def cube_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, M, pixels, C) -> mean and std of each cube and channel, both (B, M, 1, C)."""
-    variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)  # unbiased, as published
-    return mean, variance.sqrt() + 1e-6
+def normalize_cubes(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ImageNet-normalized pixels (B, M, pixels, C) -> each cube and channel normalized by its own mean and std, and
+    these two, (B, M, 1, C). Source: engine_for_pretraining.py."""
+    # Published code first goes back to [0, 1] and there adds 1e-6 to the std; the rest of going back cancels out.
+    eps = 1e-6 / pixels.new_tensor(IMAGENET_STD) if pixels.shape[-1] == 3 else 1e-6
+    mean = pixels.mean(dim=2, keepdim=True)
+    centred = pixels - mean
+    # Unbiased, as published. torch.var_mean is several times slower along such a dimension.
+    std = (centred.square().sum(dim=2, keepdim=True) / (pixels.shape[2] - 1)).sqrt() + eps
+    return centred / std, mean, std
 
 
 class VideoMAEForPreTraining(nn.Module):
@@ -865,18 +898,15 @@ class VideoMAEForPreTraining(nn.Module):
         """What to predict for some cubes, (B, M, P) -> (B, M, P): their pixels, with `norm_pix_loss` normalized.
 
         Normalizing each cube by its own mean and std, per channel, takes the brightness out of the task and leaves the
-        structure: the paper and MAE both find it learns better features. Going back to [0, 1] first then matters only
-        beside the 1e-6 in `cube_statistics`, as published. Source: engine_for_pretraining.py.
+        structure: the paper and MAE both find it learns better features. Else the pixels are those in [0, 1].
         """
         pixels = self.to_pixels(cubes)
-        if self.config.norm_pix_loss:
-            mean, std = cube_statistics(pixels)
-            pixels = (pixels - mean) / std
+        pixels = normalize_cubes(pixels)[0] if self.config.norm_pix_loss else denormalize(pixels)
         return rearrange(pixels, "b m pixels c -> b m (pixels c)")
 
     def to_pixels(self, cubes: Tensor) -> Tensor:
-        """Cubes of ImageNet-normalized pixels (B, M, P) -> (B, M, P / C, C) float32 in [0, 1]; see `denormalize`."""
-        return denormalize(rearrange(cubes.float(), "b m (pixels c) -> b m pixels c", c=self.config.num_channels))
+        """(B, M, P) -> (B, M, P / C, C) float32."""
+        return rearrange(cubes.float(), "b m (pixels c) -> b m pixels c", c=self.config.num_channels)
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> Reconstruction:
@@ -888,10 +918,11 @@ class VideoMAEForPreTraining(nn.Module):
         logits = self(pixel_values, bool_masked_pos).logits  # (B, N_mask, P)
         bool_masked_pos = bool_masked_pos.to(pixel_values.device)
         pixels = self.to_pixels(patchify(pixel_values, self.config.tubelet_size, self.config.patch_size))
-        predicted = rearrange(logits, "b m (pixels c) -> b m pixels c", c=self.config.num_channels).to(pixels.dtype)
+        predicted = self.to_pixels(logits)
         if self.config.norm_pix_loss:
-            mean, std = cube_statistics(pixels[bool_masked_pos].view(len(pixels), -1, *pixels.shape[2:]))
-            predicted = predicted * std + mean
+            _, mean, std = normalize_cubes(pixels[bool_masked_pos].view(len(pixels), -1, *pixels.shape[2:]))
+            predicted = denormalize(predicted * std + mean)
+        pixels = denormalize(pixels)
         grey, filled = pixels.clone(), pixels.clone()
         grey[bool_masked_pos] = 0.5
         filled[bool_masked_pos] = predicted.flatten(0, 1)
