@@ -46,6 +46,7 @@ from videomae import (
     normalize,
     patchify,
     random_mask,
+    running_cells,
     split_mask,
     unpatchify,
 )
@@ -395,6 +396,33 @@ def test_masks(kind, batch, t, h, w, ratio, seed):
     assert not mask.gather(1, visible).any() and mask.gather(1, masked).all()
     for index in (visible, masked):
         assert (index.diff(dim=1) > 0).all(), "in increasing order"
+
+
+@given(batch=sizes, t=st.sampled_from([4, 8]), h=st.integers(2, 6), w=st.integers(2, 6), seed=st.integers(0, 10**6))
+@settings(deadline=None)
+def test_running_cells_predict_half_of_the_masked_cubes(batch, t, h, w, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask, cells = random_mask("tube", batch, (t, h, w), 0.5, generator), running_cells(batch, (t, h, w), generator)
+    _, predicted = split_mask(mask, cells)
+    assert mask.gather(1, predicted).all() and 2 * predicted.shape[1] == mask[0].sum()
+    cells = cells.view(batch, t, h, w)
+    assert (cells.view(batch, -1, 4, h, w).sum(dim=2) == 2).all(), "each place at two of four times"
+    assert (cells[..., :2, :2].sum(dim=(2, 3)) == 2).all() and not torch.equal(cells[:, 0], cells[:, 1])
+
+
+def test_with_dual_masking_the_other_hidden_cubes_play_no_part():
+    config = VideoMAEConfig(**SMALL)
+    model = VideoMAEForPreTraining(config)
+    pixel_values, mask = clip_and_mask(config, kind="tube")
+    cells = running_cells(len(mask), config.grid)
+    pair = split_mask(mask, cells)
+    output, cubes = model(pixel_values, pair), patchify(pixel_values, 2, 8)
+    noise = torch.where((mask & ~cells)[..., None], torch.randn_like(cubes), cubes)
+    assert torch.equal(model(unpatchify(noise, config.grid, 2, 8), pair).loss, output.loss)
+    target = model.target(cubes[mask & cells].view(len(mask), -1, config.cube_size))
+    assert torch.allclose(output.loss, (output.logits - target).square().mean())
+    encoded = model.videomae(pixel_values, pair).last_hidden_state
+    assert torch.equal(encoded, model.videomae(pixel_values, mask).last_hidden_state), "the encoder sees what it would"
 
 
 def test_every_tube_is_masked_equally_often():
@@ -904,9 +932,9 @@ def test_models_refuse_wrong_inputs():
         ((clip[0], mask), ValueError, "pixel_values: got shape"),
         ((clip, mask.int()), TypeError, "bool_masked_pos: got torch.int32"),
         ((clip, None), TypeError, "bool_masked_pos: got NoneType"),
-        ((clip, mask[:1]), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
-        ((clip, torch.cat([mask, mask], dim=1)), ValueError, "bool_masked_pos: got 128 cubes for 2 clips"),
-        ((clip, split_mask(mask[:1])), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
+        ((clip, mask[:1]), ValueError, "bool_masked_pos: got 16 visible and 48 masked cubes for 1 clips"),
+        ((clip, mask.repeat(1, 2)), ValueError, "bool_masked_pos: got 32 visible and 96 masked cubes for 2 clips"),
+        ((clip, split_mask(mask[:1])), ValueError, "bool_masked_pos: got 16 visible and 48 masked cubes for 1 clips"),
         ((clip, mask[0]), ValueError, "bool_masked_pos: got shape"),
         ((clip, mask, torch.ones(2)), ValueError, "head_mask: got shape"),
         ((clip, uneven), ValueError, r"bool_masked_pos: got \[47, 49\] masked cubes"),
@@ -926,6 +954,13 @@ def test_models_refuse_wrong_inputs():
         convert_state_dict({"model": clip})
     with pytest.raises(ValueError, match="kind: got 'checkerboard'"):
         random_mask("checkerboard", 2, config.grid, 0.75)
+    with pytest.raises(ValueError, match="grid: got 2 cubes in time"):
+        running_cells(2, (2, 4, 4))
+    with pytest.raises(ValueError, match="masked cubes per clip"):
+        split_mask(random_mask("random", 2, config.grid, 0.75), running_cells(2, config.grid))
+    with pytest.raises(ValueError, match="bool_masked_pos: got 16 visible and 47 masked"):
+        visible, masked = split_mask(mask)
+        model(clip, (visible, masked[:, 1:]))
 
 
 def test_processor_refuses_wrong_inputs():
@@ -1171,7 +1206,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(tmp_path):
 
 def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
     """The same total batch: in two processes (gloo), in two parts, and with activations computed again."""
-    options = [*TOY, "--drop-path", 0, "--no-scratch", "--pretrain-steps", 12, "--finetune-steps", 8]
+    options = [*TOY, "--drop-path", 0, "--no-scratch", "--pretrain-steps", 12, "--finetune-steps", 8, "--dual-masking"]
     ways = {"one": ([], 1), "two": ([], 2), "parts": (["--accumulate", 2, "--activation-checkpointing"], 1)}
     for name, (more, processes) in ways.items():
         status, output = train_tiny_command(*options, *more, "--name", name, cwd=tmp_path, processes=processes)

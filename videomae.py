@@ -532,13 +532,12 @@ def split_mask(bool_masked_pos: Tensor, predicted: Tensor | None = None) -> tupl
         raise ValueError(f"bool_masked_pos: got shape {tuple(bool_masked_pos.shape)}, expected (batch, cubes)")
     if bool_masked_pos[0].all():
         raise ValueError("bool_masked_pos: every cube is masked, expected some to be visible")
-    visible, masked = ~bool_masked_pos, bool_masked_pos if predicted is None else bool_masked_pos & predicted
-    for places in (visible, masked):
+    masked = bool_masked_pos if predicted is None else bool_masked_pos & predicted
+    for places in (bool_masked_pos, masked):
         counts = places.sum(dim=1).tolist()
         if len(set(counts)) > 1:
-            name = "visible" if places is visible else "masked"
-            raise ValueError(f"bool_masked_pos: got {counts} {name} cubes per clip, expected the same count in each")
-    return tuple(places.nonzero()[:, 1].view(len(places), -1) for places in (visible, masked))
+            raise ValueError(f"bool_masked_pos: got {counts} masked cubes per clip, expected the same count in each")
+    return tuple(places.nonzero()[:, 1].view(len(places), -1) for places in (~bool_masked_pos, masked))
 
 
 def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, Tensor], cubes: Tensor) -> tuple[Tensor, Tensor]:

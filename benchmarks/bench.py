@@ -6,9 +6,9 @@
     python benchmarks/bench.py --scaling              only the curves
 
 Both sides of a row, and a matrix product, take turns in one process (A B C A B C ...), so that whatever else the
-machine does falls on all of them; medians are compared. Peak memory and start-up are taken in fresh processes. The floor
-is the time of the arithmetic alone: the floating-point operations PyTorch counts in our step, attention included, at the
-rate of the matrix product. It prints a table and writes results.json and scaling.png to --output.
+machine does falls on all of them; medians are compared. Peak memory and start-up are taken in fresh processes. The
+floor is the time of the arithmetic alone: the floating-point operations PyTorch counts in our step, attention included,
+at the rate of the matrix product. It prints a table and writes results.json and scaling.png to --output.
 """
 import argparse
 import json
@@ -220,7 +220,8 @@ def fresh_process(*arguments: str) -> str:
 def start_row() -> dict:
     """From starting Python to the class of a clip: import, load a ViT-S from disk, process, predict."""
     with tempfile.TemporaryDirectory() as directory:
-        videomae.VideoMAEForVideoClassification(VideoMAEConfig.preset("small", num_labels=400)).save_pretrained(directory)
+        config = VideoMAEConfig.preset("small", num_labels=400)
+        videomae.VideoMAEForVideoClassification(config).save_pretrained(directory)
         videomae.VideoMAEImageProcessor().save_pretrained(directory)
         scripts = {side: FIRST_PREDICTION.format(imports=imports, processor=processor, directory=directory)
                    for side, (imports, processor) in IMPORTS.items()}
@@ -256,7 +257,7 @@ def memory_of(side: str) -> float:
 
 
 def scaling() -> dict:
-    """Seconds of a pretraining step, laptop size, over frames, mask ratio and batch: {axis: {value: {side: seconds}}}."""
+    """A pretraining step, laptop size, over frames, mask ratio and batch: {axis: {value: {side: seconds}}}."""
     base = dict(num_frames=16, ratio=0.75, batch=4)
     axes = {"num_frames": (8, 16, 32, 64), "ratio": (0.5, 0.75, 0.9, 0.95), "batch": (1, 2, 4, 8, 16)}
     curves = {}
@@ -294,7 +295,8 @@ def draw_scaling(curves: dict, path: Path):
 # The table
 
 ROWS = {f"{size} {task} {precision} {mode}": (step_row, size, task, precision, mode)
-        for size in SIZES for task in ("pretrain", "classify") for precision in DTYPES for mode in ("eager", "compiled")}
+        for size in SIZES for task in ("pretrain", "classify")
+        for precision in DTYPES for mode in ("eager", "compiled")}
 ROWS |= {"processor": (processor_row,), "first prediction": (start_row,), "memory": (memory_row,)}
 
 
@@ -311,15 +313,17 @@ def machine() -> str:
 
 def markdown(name: str, row: dict) -> str:
     """A line of the table."""
-    values = row.get("seconds") or row["gigabytes"]
     def show(value):
         if "gigabytes" in row:
             return f"{value:.2f} GB"
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
-    dual = f"{show(values['ours, dual masking'])}" if "ours, dual masking" in values else ""
-    floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
-    return f"| {name} | {show(values['ours'])} | {show(values['transformers'])} | {row['ratio']:.2f} | {floor} | {dual} |"
+    values = row.get("seconds") or row["gigabytes"]
+    dual = values.get("ours, dual masking")
+    cells = [name, show(values["ours"]), show(values["transformers"]), f"{row['ratio']:.2f}",
+             f"{row['over_floor']:.2f}" if "over_floor" in row else "",
+             f"{show(dual)} ({values['transformers'] / dual:.2f})" if dual else ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def profile(name: str):
@@ -353,7 +357,8 @@ def main():
     results = dict(machine=machine(), rows={}, scaling={})
     print(results["machine"], flush=True)
     if not args.scaling:
-        print("| | ours | transformers | ratio | over the floor | dual masking |\n| --- | --- | --- | --- | --- | --- |")
+        heads = ["", "ours", "transformers", "ratio", "ours over the floor", "ours with dual masking (ratio)"]
+        print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
         for name in args.only or ROWS:
             function, *arguments = ROWS[name]
             results["rows"][name] = function(*arguments)
