@@ -6,6 +6,7 @@ help:
 	@echo "make train      set up .venv, then train on the embedded clips: a few minutes on two CPU cores"
 	@echo "make test       set up .venv, then run the tests"
 	@echo "make lint       set up .venv, then run ruff"
+	@echo "make notebooks  set up .venv, then run the notebooks with few steps, into runs/notebooks/"
 	@echo "make clean      remove .venv (runs/ stays)"
 
 train: .venv/ready
@@ -17,6 +18,9 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 
+notebooks: .venv/ready
+	FAST=1 $(BIN)/jupyter nbconvert --to notebook --execute --output-dir runs/notebooks notebooks/*.ipynb
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv with torch and a few packages; the first time this takes minutes."
 	$(PYTHON) -m venv .venv
@@ -26,4 +30,4 @@ lint: .venv/ready
 clean:
 	rm -rf .venv
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint notebooks clean

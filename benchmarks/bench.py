@@ -50,8 +50,8 @@ def published(config: VideoMAEConfig):
     import transformers
 
     known = transformers.VideoMAEConfig().to_dict()
-    return transformers.VideoMAEConfig(**{name: value for name, value in config.to_dict().items() if name in known},
-                                       attn_implementation="sdpa")
+    same = {name: value for name, value in config.to_dict().items() if name in known}
+    return transformers.VideoMAEConfig(**same | dict(num_labels=config.num_labels, attn_implementation="sdpa"))
 
 
 def make_model(side: str, task: str, config: VideoMAEConfig):
