@@ -403,8 +403,10 @@ def test_masks(kind, batch, t, h, w, ratio, seed):
 def test_running_cells_predict_half_of_the_masked_cubes(batch, t, h, w, seed):
     generator = torch.Generator().manual_seed(seed)
     mask, cells = random_mask("tube", batch, (t, h, w), 0.5, generator), running_cells(batch, (t, h, w), generator)
-    _, predicted = split_mask(mask, cells)
+    visible, predicted, others = split_mask(mask, cells)
     assert mask.gather(1, predicted).all() and 2 * predicted.shape[1] == mask[0].sum()
+    every = torch.cat([visible, predicted, others], dim=1).sort(dim=1).values
+    assert torch.equal(every, torch.arange(t * h * w).expand(batch, -1)), "every cube is in one of the lists"
     cells = cells.view(batch, t, h, w)
     assert (cells.view(batch, -1, 4, h, w).sum(dim=2) == 2).all(), "each place at two of four times"
     assert (cells[..., :2, :2].sum(dim=(2, 3)) == 2).all() and not torch.equal(cells[:, 0], cells[:, 1])
@@ -932,9 +934,9 @@ def test_models_refuse_wrong_inputs():
         ((clip[0], mask), ValueError, "pixel_values: got shape"),
         ((clip, mask.int()), TypeError, "bool_masked_pos: got torch.int32"),
         ((clip, None), TypeError, "bool_masked_pos: got NoneType"),
-        ((clip, mask[:1]), ValueError, "bool_masked_pos: got 16 visible and 48 masked cubes for 1 clips"),
-        ((clip, mask.repeat(1, 2)), ValueError, "bool_masked_pos: got 32 visible and 96 masked cubes for 2 clips"),
-        ((clip, split_mask(mask[:1])), ValueError, "bool_masked_pos: got 16 visible and 48 masked cubes for 1 clips"),
+        ((clip, mask[:1]), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
+        ((clip, mask.repeat(1, 2)), ValueError, "bool_masked_pos: got 128 cubes for 2 clips"),
+        ((clip, split_mask(mask[:1])), ValueError, "bool_masked_pos: got 64 cubes for 1 clips"),
         ((clip, mask[0]), ValueError, "bool_masked_pos: got shape"),
         ((clip, mask, torch.ones(2)), ValueError, "head_mask: got shape"),
         ((clip, uneven), ValueError, r"bool_masked_pos: got \[47, 49\] masked cubes"),
@@ -956,11 +958,15 @@ def test_models_refuse_wrong_inputs():
         random_mask("checkerboard", 2, config.grid, 0.75)
     with pytest.raises(ValueError, match="grid: got 2 cubes in time"):
         running_cells(2, (2, 4, 4))
-    with pytest.raises(ValueError, match="masked cubes per clip"):
-        split_mask(random_mask("random", 2, config.grid, 0.75), running_cells(2, config.grid))
-    with pytest.raises(ValueError, match="bool_masked_pos: got 16 visible and 47 masked"):
-        visible, masked = split_mask(mask)
-        model(clip, (visible, masked[:, 1:]))
+    cells = running_cells(2, config.grid)
+    with pytest.raises(ValueError, match="bool_masked_pos and predicted: got .* masked cubes per clip"):
+        split_mask(random_mask("random", 2, config.grid, 0.75), cells)
+    with pytest.raises(ValueError, match="predicted: got torch.int32"):
+        split_mask(mask, cells.int())
+    for lost in ((0, 1), (1, 2)):  # as much as if the clip were shorter
+        with pytest.raises(ValueError, match="bool_masked_pos: got .* for 2 clips"):
+            parts = split_mask(random_mask("tube", 2, config.grid, 0.75), cells)
+            model(clip, tuple(parts[i] for i in lost))
 
 
 def test_processor_refuses_wrong_inputs():
@@ -1141,11 +1147,34 @@ def test_short_run_learns_leaves_its_files_and_repeats(tmp_path):
     assert status != 0 and (tmp_path / "runs/mine").is_dir(), "only a run of this script is overwritten"
 
 
+def test_benchmarks_and_findings_run(tmp_path):
+    """One short row of the benchmark, whose two sides are the real ones; one run of the findings, in few steps."""
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = run(HERE / "benchmarks/bench.py", "--only", "embedded classify fp32 eager", "processor", "--output",
+                  tmp_path / "bench")
+    rows = json.loads((tmp_path / "bench/results.json").read_text())["rows"]
+    assert all(row["seconds"].keys() == {"ours", "transformers"} for row in rows.values()) and len(rows) == 2
+    assert rows["embedded classify fp32 eager"]["over_floor"] > 1
+    assert f"| {rows['processor']['ratio']:.2f} |" in printed
+
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import findings\n"
+            "short = dict(pretrain_steps=12, finetune_steps=5)\n"
+            "for setting in (dict(data='look', mask='random'), dict(pretrain_on='rough textures', decoder_layers=2)):\n"
+            "    result = findings.run_once((findings.BASE | setting | short, 0))\n"
+            "    assert 0 < result['finetune_top1'] < 100 and 0 < result['loss'] < 2, result\n")
+    run("-c", code, HERE / "notebooks")
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "nowhere"], "--data: nowhere is not a folder"),
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask", "diagonal"], "kind: got 'diagonal'"),
     (["--mask-ratio", "1"], "mask_ratio: 1.0 masks 16 of 16"),
+    (["--mask", "random", "--dual-masking"], "masked cubes per clip, expected the same count"),
     (["--drop-path", "1"], "--drop-path: got 1.0, expected 0 to below 1"),
     (["--seeds", "1", "1"], "--seeds: got [1, 1]"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),

@@ -63,7 +63,7 @@ from videomae import (
 COMMON = dict(
     mask="tube",
     mask_ratio=0.75,  # the authors' for UCF101, their smallest data set
-    dual_masking=False,  # predict half of what is masked, as VideoMAE V2: half the decoder's work
+    dual_masking=False,  # predict half of what is masked, as VideoMAE V2: a little over half of the decoder's work
     position_embedding="separable",  # learns faster in small models, see README
     frame_stride=4,  # the authors' for UCF101: 16 frames, 4 apart
     sampling="dense",  # "segments": one frame from each of 16 equal parts of the video, as the authors do for SSv2
@@ -96,7 +96,7 @@ RECIPES = {
         labels_per_class=[2, 10],  # label budgets; 0 = every label
         test_clips=1024,
         views=1, crops=1, flip=False, multi_scale_crop=False, recolour=True,
-        pretrain_steps=2400,  # 1200 give 32 % from two labels a class, these 74, 3600 88 (validation, seed 0)
+        pretrain_steps=2400,  # what the time allows: more are better, see README
         pretrain_batch=48, pretrain_lr=5.3e-3,
         finetune_steps=200, finetune_batch=32, finetune_lr=8e-3,  # with 16 the loss stays at chance for most steps
         scratch_lr=4e-3,
@@ -194,7 +194,10 @@ def uniform(low: float, high: float, shape, generator: torch.Generator) -> Tenso
 
 
 def make_textures(count: int, size: int, generator: torch.Generator, alphas=(2.5, 3.0)) -> Tensor:
-    """(count, 3, size, size) float32, mean 0, std 1: noise of amplitude 1 / frequency^alpha, which tiles the plane."""
+    """(count, 3, size, size) float32, mean 0, std 1: noise of amplitude 1 / frequency^alpha, which tiles the plane.
+
+    alphas: the range of alpha; larger is smoother.
+    """
     alpha = uniform(*alphas, (count, 1, 1, 1), generator)
     frequency = torch.fft.fftfreq(size)
     radius = torch.hypot(frequency[:, None], frequency)
@@ -788,11 +791,11 @@ def pretrain(run: Run, clips, config: VideoMAEConfig, stage: str, picture=None):
         cells = running_cells(batch, config.grid, draw.generator)[draw.rows] if recipe["dual_masking"] else None
         return clips.load(indices, draw), draw.uniform(), *split_mask(mask, cells)
 
-    def loss_of(model, frames, random, visible, masked):
+    def loss_of(model, frames, random, *mask):
         pixel_values = normalize(frames)
         if recipe["flip"]:
             pixel_values = flip(pixel_values, random)
-        return model(pixel_values, (visible, masked)).loss
+        return model(pixel_values, mask).loss
 
     return model, train(run, stage, model, make_batch, loss_of, batch, recipe["pretrain_steps"], recipe["pretrain_lr"],
                         PRETRAIN_BETAS, epoch, picture=picture)
@@ -1256,7 +1259,9 @@ def starting_config(recipe: dict, source: str | None) -> VideoMAEConfig:
 def load_data(run: Run, args: argparse.Namespace, config: VideoMAEConfig):
     """-> training clips and held-out clips (test, or validation with --evaluate-on val)."""
     recipe = run.recipe
-    random_mask(recipe["mask"], 1, config.grid, recipe["mask_ratio"])  # a bad mask or ratio is an error before the work
+    mask = random_mask(recipe["mask"], 8, config.grid, recipe["mask_ratio"])  # a bad one is an error before the work
+    if recipe["dual_masking"]:
+        split_mask(mask, running_cells(8, config.grid))
     if args.data == "embedded":
         gigabytes = recipe["unlabelled_clips"] * config.num_frames * math.prod(config.image_hw) * 3 / 1e9
         if gigabytes > 4:
@@ -1457,7 +1462,7 @@ def main(argv=None):
             settings = json.loads((Path(resumed) / "settings.json").read_text())
         except OSError as error:
             raise ValueError(f"--resume: {resumed} has no settings.json, expected a run of this script") from error
-        args, recipe = argparse.Namespace(**settings["args"]), settings["recipe"]
+        args, recipe = argparse.Namespace(**settings["args"]), COMMON | settings["recipe"]
         check_recipe(recipe)
     if args.init:
         args.init = find_model(args.init, args.stage)

@@ -7,7 +7,7 @@ before it are the config and the image processor, after it reading and writing p
 letter each:
 
     B clips in the batch     T, H, W frames, rows, columns of pixels     C colour channels
-    N cubes in a clip, T' x H' x W' of them; N_vis are visible and N_mask masked; M is any number of them
+    N cubes in a clip, T' x H' x W' of them; N_vis are visible, N_mask masked and to be predicted; M is any number
     D width of the encoder, D_dec width of the decoder, P numbers in one cube (tubelet_size * patch_size^2 * C)
 
 References, and what this file was held against (test_videomae.py shows the equality, gradients included):
@@ -316,7 +316,7 @@ class VideoMAEImageProcessor:
         if len(shapes) > 1:
             raise ValueError(f"videos: got clips that end as {sorted(shapes)}, expected one shape for the whole batch "
                              "(return_tensors=None gives a list)")
-        pixel_values = torch.stack(batch)
+        pixel_values = torch.stack(batch) if len(batch) > 1 else batch[0][None]
         return BatchFeature(pixel_values=pixel_values if return_tensors == "pt" else pixel_values.cpu().numpy())
 
     def process(self, frames: Tensor) -> Tensor:
@@ -331,8 +331,12 @@ class VideoMAEImageProcessor:
                 frames = resize(frames, (self.size["height"], self.size["width"]), self.resample)
         if self.do_center_crop:
             frames = center_crop(frames, self.crop_size["height"], self.crop_size["width"])
+        if self.do_rescale or self.do_normalize:
+            # Reordered while it is 8 bits a number (a resize leaves channels last); then new memory once, as that is
+            # what takes the time, and in place from there.
+            frames = frames.contiguous().to(torch.float32, copy=True)
         if self.do_rescale:
-            frames = frames.float() * self.rescale_factor
+            frames.mul_(self.rescale_factor)
         if self.do_normalize:
             for name in ("image_mean", "image_std"):
                 if len(getattr(self, name)) != frames.shape[1]:
@@ -340,7 +344,7 @@ class VideoMAEImageProcessor:
                                      "expected one number per channel")
             mean, std = (frames.new_tensor(x, dtype=torch.float32).view(-1, 1, 1)
                          for x in (self.image_mean, self.image_std))
-            frames = (frames.float() - mean) / std
+            frames.sub_(mean).div_(std)
         return frames
 
     @classmethod
@@ -504,11 +508,11 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_rat
 def running_cells(batch_size: int, grid: tuple[int, int, int], generator: torch.Generator | None = None) -> Tensor:
     """(B, N) bool on the CPU, True = to be predicted: half of the cubes, for `split_mask`. Not in VideoMAE, but in V2.
 
-    Video repeats itself, so predicting every masked cube teaches little more than predicting half of them, at twice the
-    decoder's work (V2's *dual masking*). Of each 2 x 2 places two are predicted, and which two moves on with time, so
-    that each place is at two of any four times: with a tube mask, half of the masked cubes in every clip.
+    V2's *dual masking*: video repeats itself, so half of the masked cubes are worth predicting nearly as well as all of
+    them, for a little over half of the decoder's work. Of each 2 x 2 places two are predicted, and which two moves on
+    with time, so that each place is at two of any four times: with a tube mask, half of the masked cubes in every clip.
     Raises ValueError unless T' is a multiple of 4. Source: Wang et al., "VideoMAE V2", CVPR 2023, and its
-    masking_generator.py; that code also runs the predicted half of the visible places through the decoder.
+    masking_generator.py; that code gives the decoder mask tokens at visible places too, and no loss for them.
     """
     if grid[0] % 4:
         raise ValueError(f"grid: got {grid[0]} cubes in time, expected a multiple of 4, after which the cells repeat")
@@ -517,10 +521,11 @@ def running_cells(batch_size: int, grid: tuple[int, int, int], generator: torch.
     return ((2 * (row % 2) + column % 2 + time + start) % 4 >= 2).flatten(1)
 
 
-def split_mask(bool_masked_pos: Tensor, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split_mask(bool_masked_pos: Tensor, predicted: Tensor | None = None) -> tuple[Tensor, ...]:
     """(B, N) bool -> indices of the visible (B, N_vis) and of the masked cubes (B, N_mask), each in increasing order.
 
-    predicted: of the masked cubes keep only these, (B, N) bool, see `running_cells`; None keeps them all.
+    predicted: (B, N) bool, see `running_cells`. The masked cubes are then only those to be predicted, and a third list
+    has the others, which neither the encoder nor the decoder sees.
     Raises TypeError or ValueError unless the mask is a bool (B, N) with the same count in every clip and something left
     visible. Clips of different counts could not share a batch: where the total happens to divide, a reshape would move
     tokens from one clip into another in silence.
@@ -532,27 +537,33 @@ def split_mask(bool_masked_pos: Tensor, predicted: Tensor | None = None) -> tupl
         raise ValueError(f"bool_masked_pos: got shape {tuple(bool_masked_pos.shape)}, expected (batch, cubes)")
     if bool_masked_pos[0].all():
         raise ValueError("bool_masked_pos: every cube is masked, expected some to be visible")
-    masked = bool_masked_pos if predicted is None else bool_masked_pos & predicted
-    for places in (bool_masked_pos, masked):
-        counts = places.sum(dim=1).tolist()
+    parts = [~bool_masked_pos, bool_masked_pos]
+    if predicted is not None:
+        if predicted.dtype != torch.bool or predicted.shape != bool_masked_pos.shape:
+            raise ValueError(f"predicted: got {predicted.dtype} of shape {tuple(predicted.shape)}, expected bool of "
+                             f"shape {tuple(bool_masked_pos.shape)}, as the mask")
+        parts[1:] = bool_masked_pos & predicted, bool_masked_pos & ~predicted
+    for part in parts[1:]:
+        counts = part.sum(dim=1).tolist()
         if len(set(counts)) > 1:
-            raise ValueError(f"bool_masked_pos: got {counts} masked cubes per clip, expected the same count in each")
-    return tuple(places.nonzero()[:, 1].view(len(places), -1) for places in (~bool_masked_pos, masked))
+            name = "bool_masked_pos" if predicted is None else "bool_masked_pos and predicted"
+            raise ValueError(f"{name}: got {counts} masked cubes per clip, expected the same count in each")
+    return tuple(part.nonzero()[:, 1].view(len(part), -1) for part in parts)
 
 
-def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, Tensor], cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask, or what `split_mask` made of it -> `split_mask`'s indices, on the device of cubes (B, N, P).
+def mask_indices(bool_masked_pos: Tensor | tuple[Tensor, ...], cubes: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask, or what `split_mask` made of it -> the indices of visible and masked cubes, on the device of cubes
+    (B, N, P).
 
-    Splitting a mask on a GPU waits for the GPU, and splitting one at all breaks a compiled graph; a pair that was made
-    on the CPU does neither.
+    Splitting a mask on a GPU waits for the GPU, and splitting one at all breaks a compiled graph; indices made on the
+    CPU do neither.
     """
-    pair = bool_masked_pos if isinstance(bool_masked_pos, tuple) else split_mask(bool_masked_pos)
-    visible, masked = (index.to(cubes.device, non_blocking=cubes.is_cuda) for index in pair)
-    num_hidden = cubes.shape[1] - visible.shape[1]
-    all_or_half = masked.shape[1] in (num_hidden, num_hidden / 2)  # half: `running_cells`
-    if not all_or_half or not len(visible) == len(masked) == len(cubes):
-        raise ValueError(f"bool_masked_pos: got {visible.shape[1]} visible and {masked.shape[1]} masked cubes for "
-                         f"{len(visible)} clips, expected (batch, cubes in a clip) = {tuple(cubes.shape[:2])}")
+    parts = bool_masked_pos if isinstance(bool_masked_pos, tuple) else split_mask(bool_masked_pos)
+    num_cubes = sum(part.shape[1] for part in parts)
+    if any((len(part), num_cubes) != cubes.shape[:2] for part in parts):
+        raise ValueError(f"bool_masked_pos: got {num_cubes} cubes for {len(parts[0])} clips, expected (batch, cubes in "
+                         f"a clip) = {tuple(cubes.shape[:2])}")
+    visible, masked = (part.to(cubes.device, non_blocking=cubes.is_cuda) for part in parts[:2])
     return visible, masked
 
 
@@ -583,10 +594,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False,
                 queries: slice = slice(None)):
-        """-> (B, N, D), and where asked for the attention weights (B, heads, N, N), else None.
+        """-> (B, M, D), and where asked for the attention weights (B, heads, M, N), else None.
 
-        head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: the tokens to compute, all
-        unless said; they still attend to every token.
+        head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: which M tokens to compute,
+        all N unless said; they still attend to every token.
         """
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
         q = q[:, queries]
@@ -633,7 +644,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False,
                 queries: slice = slice(None)):
-        """-> (B, N, D), and the attention weights or None, see `Attention`."""
+        """-> (B, M, D), and the attention weights or None; for `queries` see `Attention`."""
         attended, weights = self.attn(self.norm1(x), head_mask, output_attentions, queries)
         x = x[:, queries] + self.branch(attended)
         return x + self.branch(self.mlp(self.norm2(x))), weights
@@ -743,7 +754,7 @@ class VideoMAEModel(nn.Module):
         # The mean-pooled classifier normalizes after the mean instead (`fc_norm`).
         self.norm = nn.Identity() if config.use_mean_pooling else nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor] | None = None,
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, ...] | None = None,
                 head_mask: Tensor | None = None, output_attentions: bool = False,
                 output_hidden_states: bool = False, return_dict: bool | None = None) -> BaseModelOutput | tuple:
         """Encode a clip, or its visible cubes.
@@ -819,7 +830,7 @@ class VideoMAEDecoder(nn.Module):
         """encoded (B, N_vis, D), visible (B, N_vis), masked (B, N_mask) -> predictions (B, N_mask, P)."""
         # Tokens need not go back to their places: each carries its position, and attention does not care for order.
         x = torch.cat([self.encoder_to_decoder(encoded) + self.positions[visible],
-                       self.mask_token + self.positions[masked]], dim=1)  # (B, N, D_dec)
+                       self.mask_token + self.positions[masked]], dim=1)  # (B, N_vis + N_mask, D_dec)
         *blocks, last = self.blocks
         for block in blocks:
             x, _ = block(x)
@@ -869,7 +880,7 @@ class VideoMAEForPreTraining(nn.Module):
         self.videomae = VideoMAEModel(config)
         self.decoder = VideoMAEDecoder(config)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor],
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, ...],
                 head_mask: Tensor | None = None, output_attentions: bool = False,
                 output_hidden_states: bool = False,
                 return_dict: bool | None = None) -> VideoMAEForPreTrainingOutput | tuple:
