@@ -599,11 +599,12 @@ class Attention(nn.Module):
         head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: which M tokens to compute,
         all N unless said; they still attend to every token.
         """
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
-        q = q[:, queries]
+        qkv = self.qkv(x)  # (B, N, 3 D)
         if self.q_bias is not None:
-            q, v = q + self.q_bias, v + self.v_bias
-        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q, k, v))
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            qkv = qkv + bias.to(qkv.dtype)  # else autocast's 16 bits would become 32 again
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q[:, queries], k, v))
         dropout = self.attention_dropout if self.training else 0.0
         if head_mask is None and not output_attentions:
             weights = None
@@ -897,11 +898,15 @@ class VideoMAEForPreTraining(nn.Module):
         if masked.shape[1] == 0:
             raise ValueError("bool_masked_pos: no cube is masked, so there is nothing to predict")
 
-        # `encode` and not `forward`: the clip is cut and the mask split only once, here.
+        # The clip falls into what is seen and what is to be predicted. The target comes first: what it takes on the way
+        # is gone from memory before the activations fill it.
+        seen, target = take(cubes, visible), self.target(take(cubes, masked))  # (B, N_vis, P), (B, N_mask, P)
+        del cubes
+        # `encode` and not `forward`: the clip is cut and the mask split only once, above.
         encoded, hidden_states, attentions = self.videomae.encode(
-            take(cubes, visible), self.videomae.positions[visible], head_mask, output_attentions, output_hidden_states)
+            seen, self.videomae.positions[visible], head_mask, output_attentions, output_hidden_states)
         logits = self.decoder(encoded, visible, masked)  # (B, N_mask, P)
-        loss = F.mse_loss(logits.float(), self.target(take(cubes, masked)))
+        loss = F.mse_loss(logits.float(), target)
         return as_tuple(VideoMAEForPreTrainingOutput(loss, logits, hidden_states, attentions), return_dict)
 
     def target(self, cubes: Tensor) -> Tensor:
