@@ -100,7 +100,7 @@ RECIPES = {
         pretrain_batch=48, pretrain_lr=5.3e-3,
         finetune_steps=300, finetune_batch=32, finetune_lr=8e-3,  # with 16 the loss stays at chance for most steps
         scratch_lr=4e-3,
-        scratch_full_time_steps=1150,  # as long as a column's share of the pretraining and its fine-tuning, or longer
+        scratch_full_time_steps=1150,  # as long as a column's share of the pretraining and its fine-tuning
     ),
     # A subset of UCF101 on a laptop: a start, chosen for its running time.
     "laptop": COMMON | dict(
