@@ -1,12 +1,12 @@
-"""The paper's claims tried on the embedded clips: the runs behind 02_findings.ipynb.
+"""The paper's claims tried on the embedded clips. (Its runs have not been made yet.)
 
     python notebooks/findings.py                      every run that findings.json does not hold yet, 3 seeds; hours
     python notebooks/findings.py "mask" --seeds 0     one experiment, one seed
     python notebooks/findings.py --list               the experiments, and how many of their runs are there
 
-Every run pretrains, fine-tunes on 10 labels per class and is tested on 1,024 held-out clips; what an experiment varies
-is in EXPERIMENTS, all else is BASE, and what neither says is the embedded recipe of train_tiny.py. Runs are added to
-findings.json one by one: stop it and go on when you like.
+Every run pretrains (0 steps: trains from scratch), fine-tunes on 10 labels per class and is tested on 1,024 held-out
+clips; what an experiment varies is in EXPERIMENTS, all else is BASE, and what neither says is the embedded recipe of
+train_tiny.py. Runs are added to findings.json one by one: stop it and go on when you like.
 """
 import argparse
 import json
@@ -83,10 +83,12 @@ def look_clips(count: int, config: VideoMAEConfig, seed: int) -> Clips:
 
 def other_clips(domain: str, count: int, config: VideoMAEConfig, seed: int) -> Clips | MotionClips:
     """Clips to pretrain on that differ from those fine-tuned on."""
+    if domain == "other clips of the kind":
+        return MotionClips(count, config, seed)
     generator = torch.Generator().manual_seed(seed)
     motions = torch.randint(4 if domain == "translations" else 8, (count,), generator=generator)
-    alpha = (1.5, 2.0) if domain == "rough textures" else (2.5, 3.0)
-    textures = make_textures(512, 2 * config.image_size, generator, alpha)
+    alphas = {"rough textures": (1.5, 2.0), "translations": (2.5, 3.0)}[domain]
+    textures = make_textures(512, 2 * config.image_size, generator, alphas)
     clips = torch.cat([move_textures(textures, part, config.num_frames, config.image_size, generator)
                        for part in motions.split(250)])
     return Clips(clips, motions, train_tiny.MOTIONS)
