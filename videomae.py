@@ -599,11 +599,10 @@ class Attention(nn.Module):
         head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: which M tokens to compute,
         all N unless said; they still attend to every token.
         """
-        qkv = self.qkv(x)  # (B, N, 3 D)
+        bias = None
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            qkv = qkv + bias.to(qkv.dtype)  # else autocast's 16 bits would become 32 again
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)  # (B, N, D) each
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q[:, queries], k, v))
         dropout = self.attention_dropout if self.training else 0.0
         if head_mask is None and not output_attentions:
