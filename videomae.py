@@ -599,10 +599,10 @@ class Attention(nn.Module):
         head_mask (heads,) multiplies the weights of each head: 0 switches it off. queries: which M tokens to compute,
         all N unless said; they still attend to every token.
         """
-        bias = None
+        qkv = self.qkv(x)  # (B, N, 3 D)
         if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)  # (B, N, D) each
+            qkv += torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # in place: it is large
+        q, k, v = qkv.chunk(3, dim=-1)
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q[:, queries], k, v))
         dropout = self.attention_dropout if self.training else 0.0
         if head_mask is None and not output_attentions:

@@ -26,12 +26,22 @@ def whole_last_block(decoder, encoded, visible, masked):
 class FusedBias(videomae.Attention):
     """Query and value biases added by the product itself; hooks and adapters on `qkv` would be passed by."""
 
+    def product(self, x, bias):
+        return F.linear(x, self.qkv.weight, bias)
+
     def forward(self, x, head_mask=None, output_attentions=False, queries=slice(None)):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        q, k, v = self.product(x, bias).chunk(3, dim=-1)
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q[:, queries], k, v))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "b heads n d -> b n (heads d)")), None
+
+
+class NewMemoryBias(FusedBias):
+    """The biases added into new memory."""
+
+    def product(self, x, bias):
+        return self.qkv(x) + bias
 
 
 def var_mean_target(cubes):
@@ -73,7 +83,7 @@ def levers(size: str):
         encoded = torch.randn(batch, visible.shape[1], config.hidden_size)
         tokens = torch.randn(batch, config.num_patches, config.decoder_hidden_size)
         layers = [cls(config.decoder_hidden_size, config.decoder_num_attention_heads, config)
-                  for cls in (videomae.Attention, FusedBias)]
+                  for cls in (NewMemoryBias, videomae.Attention, FusedBias)]
     decoder, hidden, index = model.decoder, cubes[mask].view(batch, -1, config.cube_size), masked[..., None]
 
     def optimizer(**options):
@@ -87,8 +97,9 @@ def levers(size: str):
     yield "target: statistics written out", lambda: var_mean_target(hidden), lambda: model.target(hidden)
     yield ("taking the masked cubes: an index, not gather",
            lambda: cubes.gather(1, index.expand(-1, -1, cubes.shape[-1])), lambda: videomae.take(cubes, masked))
-    yield ("one attention layer, both ways: biases inside the product (not kept)",
-           *(backward_too(layer, tokens) for layer in layers))
+    new_memory, in_place, fused = (backward_too(layer, tokens) for layer in layers)
+    yield "one attention layer, both ways: biases added in place", new_memory, in_place
+    yield "one attention layer, both ways: biases inside the product (not kept)", in_place, fused
     yield "AdamW: fused, not a loop", optimizer(foreach=False), optimizer(fused=True)
     fp32 = make_step("ours", "pretrain", config, batch, ratio, torch.float32)
     yield "step: bf16", fp32, make_step("ours", "pretrain", config, batch, ratio, torch.bfloat16)
