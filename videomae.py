@@ -478,7 +478,8 @@ def unpatchify(cubes: Tensor, grid: tuple[int, int, int], tubelet_size: int, pat
 #
 # Consecutive frames are nearly the same picture. If a cube is hidden at one time but visible at the next, the model can
 # copy instead of understand. A *tube* hides the same place at every time, so what is behind it has to be inferred from
-# how the rest of the scene looks and moves.
+# how the rest of the scene looks and moves. And most places are hidden, 90 % in the paper: with fewer, a gap is filled
+# from what is next to it.
 
 
 def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_ratio: float,
@@ -579,8 +580,8 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a clip, (B, N, D) -> (B, N, D).
 
-    Queries and values have a bias, keys have none: q . (k + b) adds the same q . b to every score of a query, and
-    softmax removes what is common to all of them.
+    Queries and values have a bias, as published; keys have none: q . (k + b) adds the same q . b to every score of a
+    query, and softmax removes what is common to all of them.
     """
 
     def __init__(self, dim: int, num_heads: int, config: VideoMAEConfig):
@@ -751,7 +752,7 @@ class VideoMAEModel(nn.Module):
                   drop_path=config.drop_path_rate * i / max(num_layers - 1, 1))
             for i in range(num_layers)
         ).apply(init_block_weights)
-        # The mean-pooled classifier normalizes after the mean instead (`fc_norm`).
+        # The mean-pooled classifier drops this norm and has one after the mean instead (`fc_norm`).
         self.norm = nn.Identity() if config.use_mean_pooling else nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, ...] | None = None,
@@ -809,7 +810,7 @@ class VideoMAEModel(nn.Module):
 
 
 class VideoMAEDecoder(nn.Module):
-    """Predict the masked cubes from the encoded visible ones. Narrow and shallow: most of the work is the encoder's."""
+    """Predict the masked cubes from the encoded visible ones. Narrow and shallow, because it works on all N tokens."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -912,7 +913,8 @@ class VideoMAEForPreTraining(nn.Module):
         """What to predict for some cubes, (B, M, P) -> (B, M, P): their pixels, with `norm_pix_loss` normalized.
 
         Normalizing each cube by its own mean and std, per channel, takes the brightness out of the task and leaves the
-        structure: the paper and MAE both find it learns better features. Else the pixels are those in [0, 1].
+        structure: the paper, and MAE (He et al., the same idea on images), find it learns better features. Else the
+        pixels are those in [0, 1].
         """
         pixels = self.to_pixels(cubes)
         pixels = normalize_cubes(pixels)[0] if self.config.norm_pix_loss else denormalize(pixels)

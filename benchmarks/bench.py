@@ -240,7 +240,7 @@ def memory_row() -> dict:
     """Most memory during two pretraining steps of ViT-B, batch 4, fp32; on a CPU the process's, libraries included."""
     peak = {side: float(fresh_process(__file__, "--memory-of", side))
             for side in ("ours", "transformers", "ours, dual masking")}
-    return dict(gigabytes=peak, ratio=peak["transformers"] / peak["ours"])
+    return dict(gib=peak, ratio=peak["transformers"] / peak["ours"])
 
 
 def memory_of(side: str) -> float:
@@ -323,11 +323,11 @@ def machine() -> str:
 def markdown(name: str, row: dict) -> str:
     """A line of the table."""
     def show(value):
-        if "gigabytes" in row:
+        if "gib" in row:
             return f"{value:.2f} GiB"
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
-    values = row.get("seconds") or row["gigabytes"]
+    values = row.get("seconds") or row["gib"]
     dual = values.get("ours, dual masking")
     cells = [name, show(values["ours"]), show(values["transformers"]), f"{row['ratio']:.2f}",
              f"{row['over_floor']:.2f}" if "over_floor" in row else "", show(dual) if dual else ""]
