@@ -1056,7 +1056,7 @@ def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
         width = max(1, len(points) // 100)
         means = [np.mean(points[i : i + width], axis=0) for i in range(0, len(points) - width + 1, width)]
         left.plot(*zip(*means, strict=True), label=stage, linewidth=1)
-    left.set(xlabel="step", ylabel="training loss", title="Loss")
+    left.set(xlabel="step", ylabel="loss: pixels (pretrain), classes (the others)", title="Training")
     left.legend(fontsize=7)
     budgets = [result["labels_per_class"] for result in summaries[0]["results"]]
     rows = {key: name for key, name in ROWS.items() if key in summaries[0]["results"][0]}
@@ -1066,10 +1066,12 @@ def draw_curves(metrics: list[dict], summaries: list[dict], path: Path):
             x = b + 0.2 * (i - (len(rows) - 1) / 2)
             right.bar(x, np.mean(values), width=0.19, color=f"C{i}", label=name if b == 0 else None)
             right.plot([x] * len(values), values, "k.", markersize=4)
-    right.axhline(summaries[0]["majority_top1"], color="grey", linestyle="--", linewidth=1, label="largest class")
-    right.set(ylabel="top-1 on held-out clips, %", ylim=(0, 100), title="Labels per class", xticks=range(len(budgets)))
+    majority = np.mean([summary["majority_top1"] for summary in summaries])
+    right.axhline(majority, color="grey", linestyle="--", linewidth=1, label="largest class")
+    right.set(xlabel="labels per class", ylabel="top-1 on held-out clips, %", ylim=(0, 100), title="Testing",
+              xticks=range(len(budgets)))
     right.set_xticklabels([str(b) if b else "all" for b in budgets])
-    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
     figure.tight_layout()
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)

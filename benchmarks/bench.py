@@ -284,17 +284,17 @@ def draw_scaling(curves: dict, path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     titles = {"num_frames": "frames", "ratio": "mask ratio", "batch": "batch"}
     for axis, (name, points) in zip(axes, curves.items(), strict=True):
         for side in next(iter(points.values())):
             label = side.replace("dual masking", "dual masking (predicts half)")
             axis.plot([float(value) for value in points], [1000 * s[side] for s in points.values()], "o-", label=label)
         axis.set(xlabel=titles[name], ylabel="ms a step", ylim=(0, None), xticks=[float(value) for value in points])
-    axes[0].legend(fontsize=8)
-    figure.suptitle("Pretraining step, 112 px, width 192, depth 6, fp32, eager; 16 frames, ratio 0.75, batch 4 where "
-                    "not said", fontsize=9)
-    figure.tight_layout()
+        axis.set_xticklabels([f"{float(value):g}" for value in points], fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Whole pretraining step, decoder included: 112 px, width 192, depth 6, fp32, eager; 16 frames, "
+                    "ratio 0.75, batch 4 where not said", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
