@@ -709,7 +709,7 @@ def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Encoder: what is kept
+# Encoder: what is kept (its last norm apart, see `use_mean_pooling`)
 
 
 def check_pixel_values(pixel_values: Tensor, config: VideoMAEConfig):
