@@ -1,6 +1,6 @@
-"""The paper's claims tried on the embedded clips. (Its runs have not been made yet.)
+"""The paper's claims tried on the embedded clips: the runs behind 02_findings.ipynb.
 
-    python notebooks/findings.py                      every run that findings.json does not hold yet, 3 seeds; hours
+    python notebooks/findings.py                      every run that findings.json does not hold yet; 3 seeds: 84 minutes on two cores
     python notebooks/findings.py "mask" --seeds 0     one experiment, one seed
     python notebooks/findings.py --list               the experiments, and how many of their runs are there
 
@@ -33,7 +33,8 @@ BASE = dict(data="motion", pretrain_on="the same", mask="tube", mask_ratio=0.75,
 EXPERIMENTS = {  # name: the settings compared, each as what differs from BASE
     "mask ratio": [dict(mask_ratio=ratio) for ratio in (0.5, 0.75, 0.9, 0.95)],  # 8, 12, 14, 15 of 16 places
     "mask": [dict(mask=kind) for kind in ("tube", "random", "frame")],
-    "mask, label is what is seen": [dict(data="look", mask=kind) for kind in ("tube", "random", "frame")],
+    "mask, label is what is seen": [dict(data="look", mask=kind) for kind in ("tube", "random", "frame")]
+                                   + [dict(data="look", pretrain_steps=0)],
     "target": [dict(norm_pix_loss=norm) for norm in (True, False)],
     "decoder depth": [dict(decoder_layers=depth) for depth in (1, 2, 4)],
     "pretraining steps": [dict(pretrain_steps=steps) for steps in (0, 250, 500, 1000, 2000)],
