@@ -602,7 +602,8 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x)  # (B, N, 3 D)
         if self.q_bias is not None:
-            qkv += torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # in place: it is large
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            qkv += bias.to(qkv.dtype)  # in place, for it is large; cast, for adding 32 bits to 16 is slow
         q, k, v = qkv.chunk(3, dim=-1)
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.num_heads) for t in (q[:, queries], k, v))
         dropout = self.attention_dropout if self.training else 0.0

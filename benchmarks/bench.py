@@ -1,6 +1,6 @@
 """This project beside transformers, in one run, on whatever machine this is.
 
-    python benchmarks/bench.py                        everything: 25 minutes on two CPU cores
+    python benchmarks/bench.py                        everything: a quarter of an hour on two CPU cores
     python benchmarks/bench.py --only "base pretrain fp32 eager" processor
     python benchmarks/bench.py --profile "laptop pretrain fp32 eager"       where one step's time goes, ours
     python benchmarks/bench.py --scaling              only the curves

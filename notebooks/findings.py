@@ -1,6 +1,7 @@
 """The paper's claims tried on the embedded clips: the runs behind 02_findings.ipynb.
 
-    python notebooks/findings.py                      every run that findings.json does not hold yet; 3 seeds: 84 minutes on two cores
+    python notebooks/findings.py                      every run that findings.json does not hold yet: 3 seeds, 69 runs,
+                                                      an hour and a half on two cores
     python notebooks/findings.py "mask" --seeds 0     one experiment, one seed
     python notebooks/findings.py --list               the experiments, and how many of their runs are there
 
