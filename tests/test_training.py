@@ -1,0 +1,267 @@
+"""train_tiny.py as a user runs it: repeated, killed, in several processes, on videos, misused."""
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_tiny
+from tests.helpers import write_video
+from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
+from videomae import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    normalize,
+    random_mask,
+)
+
+HERE = Path(__file__).parent.parent
+TINY = VideoMAEConfig.preset("tiny")
+
+
+def command(*arguments, cwd, processes=1):
+    """-> (exit status, stdout + stderr)."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launcher * (processes > 1), HERE / "train_tiny.py", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout + done.stderr
+
+
+def succeed(*arguments, **options):
+    status, output = command(*arguments, **options)
+    assert status == 0, output
+    return output
+
+
+def losses(folder):
+    """metrics.jsonl -> {(stage, step): loss}; every step is there once."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = {(m["stage"], m["step"]): m["loss"] for m in metrics}
+    assert len(result) == len(metrics)
+    return result
+
+
+def read_summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+SHORT = ["--unlabelled-clips", 500, "--test-clips", 64, "--pretrain-steps", 60,
+         "--finetune-steps", 3, "--scratch-steps", 4, "--labels-per-class", 2, 10]
+FILES = {"summary.json", "metrics.jsonl", "results.json", "settings.json", "table.md", "curves.png",
+         "reconstruction.png", "reconstruction.gif", "pretrained"}
+
+
+def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
+    summaries = []
+    for name in ("a", "b"):
+        succeed(*SHORT, "--name", name, cwd=tmp_path)
+        names = {file.name for file in (tmp_path / "runs" / name).iterdir()}
+        assert names == FILES | {"finetuned-2", "finetuned-10", "confusion-2.png",
+                                 "confusion-10.png"}
+        summaries.append(read_summary(tmp_path / "runs" / name))
+    first, second = summaries
+    assert first["pretrain_loss_last"] < first["pretrain_loss_first"] - 0.1
+    assert [result["labels_per_class"] for result in first["results"]] == [2, 10]
+    assert first.keys() >= {"finetune_top1", "scratch_full_time_top1", "linear_probe_top1",
+                            "pretrain_loss_last", "seconds", "device", "seed", "majority_top1"}
+    for summary in summaries:
+        del summary["seconds"]
+    assert first == second, "the same seed gives the same numbers"
+    assert losses(tmp_path / "runs/a") == losses(tmp_path / "runs/b")
+
+    # The saved models are the trained ones.
+    model = VideoMAEForPreTraining.from_pretrained(tmp_path / "runs/a/pretrained")
+    clips = SyntheticClips(64, model.config, seed=9).clips
+    mask = random_mask("tube", 64, model.config.grid, 0.75)
+    loss = model(normalize(clips), mask).loss.item()
+    assert abs(loss - first["pretrain_loss_last"]) < 0.08
+    classifier = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/a/finetuned-10")
+    test_clips = SyntheticClips(64, model.config, HELD_OUT_SEEDS["test"])
+    predictions = classifier(normalize(test_clips.clips)).logits.argmax(dim=1)
+    assert train_tiny.percent(predictions == test_clips.labels) == first["finetune_top1"]
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs/a").rglob("*")}
+    status, output = command(*SHORT, "--name", "a", cwd=tmp_path)
+    assert status != 0 and "--name" in output and "exists already" in output
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs/a").rglob("*")}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nowhere"], "--data: got no video in nowhere"),
+    (["--model", "gigantic"], "preset: got 'gigantic'"),
+    (["--mask", "diagonal"], "kind: got 'diagonal'"),
+    (["--mask-ratio", "0.01"], "mask_ratio: 0.01 masks 0"),
+    (["--drop-path", "1"], "--drop-path: got 1.0, expected less than 1"),
+    (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
+    (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: got 50"),
+    (["--accumulate", "7"], "-batch: got"),
+    (["--precision", "fp8"], "--precision: got 'fp8'"),
+    (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),
+    (["finetune"], "--init: finetune needs a model"),
+    (["predict", "--init", "nowhere"], "VIDEO: got 0"),
+    (["--init", "x/y", "--model", "tiny"], "--init: its weights say the model"),
+    (["--model", "laptop"], "--data: synthetic clips of this size would take 6 GB"),
+    (["finetune", "--init", "nowhere"], "source: nowhere is not a file"),
+])
+def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        train_tiny.main(arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+TOY = ["--unlabelled-clips", 96, "--test-clips", 16, "--pretrain-steps", 60, "--finetune-steps", 20,
+       "--scratch-steps", 6, "--labels-per-class", 2, "--pretrain-batch", 16, "--finetune-batch", 16,
+       "--drop-path", 0.2, "--checkpoint-every", 4]
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(tmp_path):
+    """kill -9, five times, each after some more steps than the last; then Ctrl-C; then to the end."""
+    succeed(*TOY, "--name", "whole", cwd=tmp_path)
+    expected = losses(tmp_path / "runs/whole")
+    assert len(expected) == 60 + 20 + 6
+    rng = np.random.default_rng()  # another moment in every run of this test
+    arguments, metrics = [*TOY, "--name", "killed"], tmp_path / "runs/killed/metrics.jsonl"
+    for kill in range(6):
+        process = subprocess.Popen(
+            [sys.executable, HERE / "train_tiny.py", *map(str, arguments)], cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while process.poll() is None and not (
+            metrics.exists() and len(metrics.read_text().splitlines()) >= min(8 * (kill + 1), 80)
+        ):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL if kill < 5 else signal.SIGINT)
+        output = process.communicate()[0]
+        arguments = ["--resume", "runs/killed"]
+    if process.returncode == 130:
+        assert "To go on: python train_tiny.py --resume runs/killed" in output, output
+    succeed(*arguments, cwd=tmp_path)
+    assert losses(tmp_path / "runs/killed") == expected
+    folders = tmp_path / "runs/whole", tmp_path / "runs/killed"
+    whole, killed = map(read_summary, folders)
+    assert whole["results"] == killed["results"]
+    for name in ("pretrained", "finetuned-2"):
+        a, b = (load_file(folder / name / "model.safetensors") for folder in folders)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert not list((tmp_path / "runs/killed").glob("*.tmp")), "nothing half-written is left"
+
+
+def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
+    """The same total batch: in two processes, in two parts, and with activations computed again."""
+    options = [*TOY, "--drop-path", 0, "--scratch-steps", 0, "--pretrain-steps", 12,
+               "--finetune-steps", 8]
+    ways = {"one": ([], 1), "two": ([], 2),
+            "parts": (["--accumulate", 2, "--activation-checkpointing"], 1)}
+    for name, (more, processes) in ways.items():
+        succeed(*options, *more, "--name", name, cwd=tmp_path, processes=processes)
+    one = losses(tmp_path / "runs/one")
+    for name in ("two", "parts"):
+        other = losses(tmp_path / "runs" / name)
+        assert other.keys() == one.keys() and len(one) == 20
+        assert max(abs(other[key] / one[key] - 1) for key in one) < 1e-4, name
+    assert read_summary(tmp_path / "runs/two")["processes"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    status, output = command(*TOY, "--pretrain-lr", 1e30, "--name", "nan", cwd=tmp_path)
+    assert status != 0 and "Traceback" not in output
+    assert re.search(r"pretrain: (the loss is (nan|inf)|weights are not finite) at step", output)
+    assert not (tmp_path / "runs/nan/pretrained").exists()
+    state = torch.load(tmp_path / "runs/nan/checkpoint.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in state["model"].values())
+
+
+@pytest.fixture
+def video_folder(tmp_path):
+    """Two classes of motion as real files: 5 scenes each, of odd sizes and lengths; one broken."""
+    config = VideoMAEConfig.preset("tiny", image_size=64, num_frames=40)
+    clips = SyntheticClips(100, config, seed=6)
+    for name, label in (("Left", 0), ("Zoom In", 6)):
+        for scene, i in enumerate((clips.labels == label).nonzero()[:5, 0], start=1):
+            frames = clips.clips[i].movedim(1, -1).numpy()
+            frames = frames[: 44 - 8 * scene, : 64 - 4 * scene]  # the last has 4 frames
+            suffix = "avi" if scene % 2 else "mp4"
+            write_video(tmp_path / f"data/{name}/v_{name}_g{scene:02}_c01.{suffix}", frames)
+    (tmp_path / "data/Left/v_Left_g09_c01.mp4").write_bytes(b"not a video")
+    return tmp_path / "data"
+
+
+VIDEOS = ["--frame-stride", 2, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
+          "--finetune-batch", 4, "--scratch-steps", 2, "--views", 2, "--max-broken", 0.2]
+
+
+def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
+    """All stages on real files; then each on its own; then the fine-tuned model on a new file."""
+    data = ["--data", video_folder]
+    output = succeed(*data, "--model", "tiny", *VIDEOS, "--name", "videos", cwd=tmp_path)
+    assert "v_Left_g09_c01.mp4" in output, "the broken file is named"
+    assert "train     8 clips: Left 4, Zoom In 4" in output
+    assert "held out  2 clips: Left 1, Zoom In 1" in output
+    names = {file.name for file in (tmp_path / "runs/videos").iterdir()}
+    assert names == FILES | {"finetuned-all", "confusion-all.png"}
+    config = json.loads((tmp_path / "runs/videos/finetuned-all/config.json").read_text())
+    assert (config["frame_stride"], config["views"]) == (2, 2)
+    assert config["id2label"]["1"] == "Zoom In"
+    summary = read_summary(tmp_path / "runs/videos")
+    assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100
+
+    init = ["--init", "runs/videos"]
+    succeed("finetune", *data, *VIDEOS, *init, "--name", "again", cwd=tmp_path)
+    again = read_summary(tmp_path / "runs/again")
+    assert again["results"] == summary["results"], "the same encoder, data and seed"
+
+    output = succeed("predict", *init, next(video_folder.glob("Left/*.avi")), cwd=tmp_path)
+    shares = [float(x) for x in re.findall(r"([\d.]+) %  (?:Left|Zoom In)", output)]
+    assert len(shares) == 2 and abs(sum(shares) - 100) < 0.2, output
+    broken = video_folder / "Left/v_Left_g09_c01.mp4"
+    status, output = command("predict", *init, broken, cwd=tmp_path)
+    assert status != 0 and broken.name in output and "Traceback" not in output
+    status, output = command(*data, "--model", "tiny", *VIDEOS, "--max-broken", 0.01, cwd=tmp_path)
+    assert status != 0 and "--max-broken: 1 of 11" in output
+
+
+def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
+    """--init with a directory of transformers: its frames and size are used, the head is new."""
+    output = succeed("finetune", "--data", video_folder, *VIDEOS, "--scratch-steps", 0, "--init",
+                     HERE / "golden/hf_pretrain_tiny", "--name", "hf", cwd=tmp_path)
+    assert "new, to be trained: classifier, fc_norm" in output
+    model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/hf/finetuned-all")
+    assert model.config.id2label == {0: "Left", 1: "Zoom In"} and model.config.hidden_size == 48
+    assert not (tmp_path / "runs/hf/pretrained").exists()
+
+
+def test_learning_rates_by_layer_and_step():
+    model = VideoMAEForVideoClassification(VideoMAEConfig.preset("tiny", num_hidden_layers=3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["scale"], group["weight_decay"])
+             for group in train_tiny.parameter_groups(model, 0.05, 0.5) for p in group["params"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert found["classifier.weight"] == (1, 0.05) and found["classifier.bias"] == (1, 0)
+    assert found["videomae.blocks.2.mlp.fc1.weight"] == (0.5, 0.05)
+    assert found["videomae.blocks.0.norm1.weight"] == (0.125, 0)
+    assert found["videomae.patch_embed.weight"] == (0.0625, 0.05)
+    pretraining = VideoMAEForPreTraining(TINY)
+    names = {id(p): name for name, p in pretraining.named_parameters()}
+    exempt = {names[id(p)] for group in train_tiny.parameter_groups(pretraining, 0.05, 1.0)
+              for p in group["params"] if group["weight_decay"] == 0}
+    assert "decoder.mask_token" in exempt and "decoder.head.weight" not in exempt
+    rates = [train_tiny.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0 and rates[99] < 0.002
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_every_clip_comes_once_in_an_epoch():
+    batches = train_tiny.Batches(None, torch.arange(100, 110), 4, seed=0)
+    steps = torch.cat([batches.clips_of(step) for step in range(5)])
+    assert sorted(steps[:10].tolist()) == sorted(steps[10:].tolist()) == list(range(100, 110))
+    assert steps[:10].tolist() != steps[10:].tolist()

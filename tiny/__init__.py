@@ -1,0 +1,1 @@
+"""What train_tiny.py trains on and shows: synthetic clips, videos, augmentation, pictures."""

@@ -1,0 +1,50 @@
+"""Crops of 8-bit clips, and augmentation of normalized ones. The random numbers are arguments, so
+that the same numbers always give the same clips."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from processor import resize
+
+
+def square_crop(clip: Tensor, size: int, place: float) -> Tensor:
+    """(T, C, H, W) uint8 -> (T, C, size, size): the whole shorter side, and of the longer one a
+    part whose place is from 0, its start, to 1, its end."""
+    clip = resize(clip, shortest_edge=size)
+    top, left = (round(place * (side - size)) for side in clip.shape[-2:])
+    return clip[..., top : top + size, left : left + size]
+
+
+def multi_scale_crop(clip: Tensor, size: int, random: list[float]) -> Tensor:
+    """(T, C, H, W) uint8 -> (T, C, size, size): a random rectangle; random: 3 numbers in [0, 1].
+
+    Its height and width are 1, 0.875, 0.75 or 0.66 of the shorter side, at most one step apart.
+    The authors' GroupMultiScaleCrop, but anywhere and not at 13 fixed places.
+    """
+    scales = (1, 0.875, 0.75, 0.66)
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    chosen = pairs[min(int(random[0] * len(pairs)), len(pairs) - 1)]
+    height, width = (round(scale * min(clip.shape[-2:])) for scale in chosen)
+    top = int(random[1] * (clip.shape[-2] - height + 1))
+    left = int(random[2] * (clip.shape[-1] - width + 1))
+    crop = clip[..., top : top + height, left : left + width]
+    crop = crop.contiguous(memory_format=torch.channels_last)  # torch's fast 8-bit path
+    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+
+
+def flip(pixel_values: Tensor, random: Tensor) -> Tensor:
+    """(B, T, C, H, W) -> the same, mirrored left to right where random (B,) is below a half."""
+    is_mirrored = (random < 0.5).view(-1, 1, 1, 1, 1)
+    return torch.where(is_mirrored, pixel_values.flip(-1), pixel_values)
+
+
+def colour_jitter(pixel_values: Tensor, random: Tensor) -> Tensor:
+    """(B, T, C, H, W) -> the same with its channels shuffled, and each negated or not, stretched
+    and shifted, alike in all frames. random (B, 12): in [0, 1], the last 3 normal.
+
+    It changes colours and not motion. Without it, a few labelled clips are told apart by colour.
+    """
+    order = random[:, :3].argsort(dim=1).view(-1, 1, 3, 1, 1).expand_as(pixel_values)
+    sign, contrast, shift = random[:, 3:].view(-1, 3, 1, 3, 1, 1).unbind(dim=1)  # (B, 1, C, 1, 1)
+    shuffled = pixel_values.gather(2, order)
+    return shuffled * (sign.round() * 2 - 1) * (0.5 + contrast) + 0.5 * shift
