@@ -95,6 +95,8 @@ class Recipe:
     scratch_steps: int = 900  # as long as pretraining and fine-tuning take; 0 = no comparison
     scratch_lr: float = 4e-3
 
+    optimizer: str = "adamw"  # "muon": for the matrices, as Muon orthogonalizes their updates
+    muon_scale: float = 3.0  # Muon's learning rate over AdamW's, which the other parameters have
     weight_decay: float = 0.05  # the authors', for both stages
     warmup: float = 0.05  # share of the steps
     gradient_clip: float = 1.0
@@ -128,6 +130,7 @@ class Recipe:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{option}: got {value}, expected {expected}")
         check_choice("--precision", self.precision, ("auto", *DTYPES))
+        check_choice("--optimizer", self.optimizer, ("adamw", "muon"))
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -209,18 +212,33 @@ def wait():
         dist.barrier()
 
 
-def parameter_groups(model, weight_decay: float, layer_decay: float) -> list[dict]:
-    """As the authors': no decay on norms, biases and the mask token; `layer_decay` from the top."""
+def parameter_groups(model, recipe: Recipe, layer_decay: float) -> list[dict]:
+    """As the authors': no decay on norms, biases and the mask token; `layer_decay` from the top.
+
+    Each group has "scale", its learning rate over the step's, and "is_muon".
+    """
     top, groups = len(model.videomae.blocks) + 1, {}
     for name, parameter in model.named_parameters():
         block = re.match(r"videomae\.blocks\.(\d+)\.", name)
         is_embedding = name.startswith("videomae.patch_embed")
         depth = int(block[1]) + 1 if block else 0 if is_embedding else top
-        decay = 0.0 if parameter.ndim < 2 or name.endswith("mask_token") else weight_decay
-        key = layer_decay ** (top - depth), decay
-        groups.setdefault(key, []).append(parameter)
-    return [dict(params=parameters, scale=scale, weight_decay=decay)
-            for (scale, decay), parameters in groups.items()]
+        decay = 0.0 if parameter.ndim < 2 or name.endswith("mask_token") else recipe.weight_decay
+        # A small matrix, such as a head of few classes, has too few directions to orthogonalize.
+        is_muon = recipe.optimizer == "muon" and parameter.ndim == 2 and min(parameter.shape) >= 64
+        scale = layer_decay ** (top - depth) * (recipe.muon_scale if is_muon else 1.0)
+        groups.setdefault((scale, decay, is_muon), []).append(parameter)
+    return [dict(params=parameters, scale=scale, weight_decay=decay, is_muon=is_muon)
+            for (scale, decay, is_muon), parameters in groups.items()]
+
+
+def make_optimizers(model, recipe: Recipe, betas, layer_decay: float) -> dict:
+    """-> {"adamw": optimizer}, and "muon" where the recipe says so; `train` sets learning rates."""
+    groups = parameter_groups(model, recipe, layer_decay)
+    adamw, muon = ([g for g in groups if g["is_muon"] == is_muon] for is_muon in (False, True))
+    optimizers = {"adamw": torch.optim.AdamW(adamw, betas=betas, fused=True)}
+    if muon:  # rates on AdamW's scale
+        optimizers["muon"] = torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -309,6 +327,19 @@ def write_losses(log: Path, stage: str, recent: list) -> float:
     return losses[-1]
 
 
+def update(model, optimizers, scaler, rate: float, gradient_clip: float):
+    """One step of every optimizer, with the gradients clipped."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+    nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad()
+
+
 def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Recipe, steps: int,
           base_lr: float, betas, layer_decay: float = 1.0, every_tenth=lambda: None) -> dict:
     """Train a model in place -> its first and last loss.
@@ -317,12 +348,11 @@ def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Re
     `checkpoint_every` steps; losses go to metrics.jsonl. every_tenth is called ten times.
     """
     start, peak = time.perf_counter(), base_lr * batches.batch / 256
-    groups = parameter_groups(model, recipe.weight_decay, layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)
+    optimizers = make_optimizers(model, recipe, betas, layer_decay)
     is_fp16 = compute_dtype(recipe.precision) == torch.float16
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=is_fp16)
     state = folder / "checkpoint.pt", folder / "metrics.jsonl", stage
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    parts = dict(model=model, scaler=scaler, **optimizers)
     first, earlier = restore_state(*state, parts)
     trained, recent = prepare(model, recipe), []
     workers = 0 if isinstance(batches.clips, SyntheticClips) else max(1, (os.cpu_count() or 1) // 4)
@@ -334,14 +364,8 @@ def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Re
             save_state(*state, step, earlier + time.perf_counter() - start, parts)
         torch.manual_seed(recipe.seed * 1_000_000_007 + step * WORLD + RANK)  # dropout, drop path
         rate = learning_rate(step, steps, peak, recipe.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
         loss = accumulate(trained, batch, loss_of, recipe, scaler)
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        update(model, optimizers.values(), scaler, rate, recipe.gradient_clip)
         recent.append((step, rate, loss))
         # Losses are looked at, and a GPU waited for, every ten steps only.
         done = step + 1
@@ -491,7 +515,7 @@ def choose_labelled(labels: Tensor, labels_per_class: int, seed: int) -> Tensor:
     return torch.cat(chosen)
 
 
-# ---- A run: pretrain; for each label budget fine-tune, probe, train from scratch ------------------
+# ---- A run: pretrain; for each label budget fine-tune, probe, train from scratch -----------------
 # What is finished is in results.json, so that a killed run goes on behind it.
 
 

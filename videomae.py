@@ -288,9 +288,10 @@ class Attention(nn.Module):
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             qkv += bias.to(qkv.dtype)  # under autocast, adding 32 bits to 16 is slow
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d",
-                            three=3, heads=self.num_heads)
-        x = self.attend(q[:, :, queries], k, v)  # (B, heads, M, D / heads)
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
+                   for x in (q[:, queries], k, v))
+        x = self.attend(q, k, v)  # (B, heads, M, D / heads)
         return self.proj(rearrange(x, "b heads m d -> b m (heads d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

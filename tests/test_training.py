@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train_tiny
 from tests.helpers import write_video
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
+from train_tiny import Recipe
 from videomae import (
     VideoMAEConfig,
     VideoMAEForPreTraining,
@@ -105,6 +106,7 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got"),
     (["--precision", "fp8"], "--precision: got 'fp8'"),
+    (["--optimizer", "sgd"], "--optimizer: got 'sgd'"),
     (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),
     (["finetune"], "--init: finetune needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0"),
@@ -120,12 +122,12 @@ def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path,
 
 
 TOY = ["--unlabelled-clips", 96, "--test-clips", 16, "--pretrain-steps", 60, "--finetune-steps", 20,
-       "--scratch-steps", 6, "--labels-per-class", 2, "--pretrain-batch", 16, "--finetune-batch", 16,
-       "--drop-path", 0.2, "--checkpoint-every", 4]
+       "--scratch-steps", 6, "--labels-per-class", 2, "--pretrain-batch", 16,
+       "--finetune-batch", 16, "--drop-path", 0.2, "--checkpoint-every", 4]
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(tmp_path):
-    """kill -9, five times, each after some more steps than the last; then Ctrl-C; then to the end."""
+    """kill -9, five times, each some steps after the last; then Ctrl-C; then to the end."""
     succeed(*TOY, "--name", "whole", cwd=tmp_path)
     expected = losses(tmp_path / "runs/whole")
     assert len(expected) == 60 + 20 + 6
@@ -243,8 +245,9 @@ def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
 def test_learning_rates_by_layer_and_step():
     model = VideoMAEForVideoClassification(VideoMAEConfig.preset("tiny", num_hidden_layers=3))
     names = {id(p): name for name, p in model.named_parameters()}
+    groups = train_tiny.parameter_groups(model, Recipe(), 0.5)
     found = {names[id(p)]: (group["scale"], group["weight_decay"])
-             for group in train_tiny.parameter_groups(model, 0.05, 0.5) for p in group["params"]}
+             for group in groups for p in group["params"]}
     assert found.keys() == dict(model.named_parameters()).keys()
     assert found["classifier.weight"] == (1, 0.05) and found["classifier.bias"] == (1, 0)
     assert found["videomae.blocks.2.mlp.fc1.weight"] == (0.5, 0.05)
@@ -252,9 +255,12 @@ def test_learning_rates_by_layer_and_step():
     assert found["videomae.patch_embed.weight"] == (0.0625, 0.05)
     pretraining = VideoMAEForPreTraining(TINY)
     names = {id(p): name for name, p in pretraining.named_parameters()}
-    exempt = {names[id(p)] for group in train_tiny.parameter_groups(pretraining, 0.05, 1.0)
-              for p in group["params"] if group["weight_decay"] == 0}
+    groups = train_tiny.parameter_groups(pretraining, Recipe(optimizer="muon"), 1.0)
+    exempt = {names[id(p)] for g in groups for p in g["params"] if g["weight_decay"] == 0}
     assert "decoder.mask_token" in exempt and "decoder.head.weight" not in exempt
+    muon = {names[id(p)] for g in groups for p in g["params"] if g["is_muon"]}
+    assert "videomae.blocks.0.attn.qkv.weight" in muon and "decoder.head.weight" in muon
+    assert not muon & exempt and all(g["scale"] == 3 for g in groups if g["is_muon"])
     rates = [train_tiny.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0 and rates[99] < 0.002
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
