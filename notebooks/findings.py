@@ -41,6 +41,8 @@ BASE = dict(
     decoder_layers=1, positions="separable", pretrain_steps=1000, unlabelled_clips=10_000,
     labels_per_class=10, finetune_steps=300,
 )
+# The 69 runs were made before the recipe had Muon.
+ADAMW = dict(optimizer="adamw", pretrain_lr=5.3e-3, finetune_lr=8e-3, scratch_lr=4e-3)
 MASKS = ("tube", "random", "frame")
 DOMAINS = ("the same", "other clips of the kind", "rough textures", "translations")
 EXPERIMENTS = {  # name: the settings compared, each as what differs from BASE
@@ -140,7 +142,7 @@ def run_once(job: tuple[dict, int]) -> dict:
     logging.getLogger("videomae").setLevel(logging.ERROR)  # dropped decoders, new heads
     same = {name: settings[name] for name in
             ("mask", "mask_ratio", "pretrain_steps", "finetune_steps", "unlabelled_clips")}
-    recipe = replace(train_tiny.RECIPES["synthetic"], seed=seed, **same | dict(
+    recipe = replace(train_tiny.RECIPES["synthetic"], seed=seed, **same | ADAMW | dict(
         pretrain_steps=max(1, settings["pretrain_steps"]),
         scratch_steps=settings["finetune_steps"]))
     config = VideoMAEConfig.preset(
