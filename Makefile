@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 help:
-	@echo "make train      set up .venv, then train on the embedded clips: a few minutes on two CPU cores"
+	@echo "make train      set up .venv, then train on synthetic clips: minutes on two CPU cores"
 	@echo "make test       set up .venv, then run the tests"
 	@echo "make lint       set up .venv, then run ruff"
 	@echo "make notebooks  set up .venv, then run the notebooks with few steps, into runs/notebooks/"
