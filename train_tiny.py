@@ -664,6 +664,10 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, Recipe]:
     args = parser.parse_intermixed_args(argv)  # videos may come after the options
     changes = {f.name: vars(args).pop(f.name) for f in fields(Recipe) if f.name in args}
     args.given = changes
+    if args.resume and len(sys.argv[1:] if argv is None else argv) > 2:
+        raise ValueError("--resume: takes no other option, the run goes on with its own")
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds: got {args.seeds}, expected different numbers")
     if args.stage in ("finetune", "predict") and not args.init:
         raise ValueError(f"--init: {args.stage} needs a model, for instance runs/synthetic-1")
     if args.init and ("model" in changes or args.stage == "pretrain"):

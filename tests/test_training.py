@@ -108,6 +108,8 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--precision", "fp8"], "--precision: got 'fp8'"),
     (["--optimizer", "sgd"], "--optimizer: got 'sgd'"),
     (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),
+    (["--resume", "runs", "--seeds", "3"], "--resume: takes no other option"),
+    (["--seeds", "1", "1"], "--seeds: got [1, 1]"),
     (["finetune"], "--init: finetune needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0"),
     (["--init", "x/y", "--model", "tiny"], "--init: its weights say the model"),
