@@ -611,13 +611,13 @@ def save_model(model, folder: Path):
     os.replace(temporary, folder)
 
 
-def predict(args, recipe: Recipe):
+def predict(args):
     """Print the five most likely classes of each video, sampled as in training."""
     model = VideoMAEForVideoClassification.from_pretrained(args.init).to(DEVICE)
     config, labels = model.config, torch.zeros(1, dtype=torch.int64)
     names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)}
     trained = {key: config.extra[key] for key in SAMPLING if key in config.extra}
-    recipe = replace(recipe, **trained | args.given)
+    recipe = replace(RECIPES["laptop"], **trained | args.given)
     for video in map(Path, args.videos):
         frames = decode(video, config.image_hw[0], Path(args.cache))
         clips = VideoClips([""], [frames], labels, config, recipe)
@@ -628,6 +628,7 @@ def predict(args, recipe: Recipe):
 
 
 # ---- The command line ---------------------------------------------------------------------------
+
 
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, Recipe]:
     """The command line -> its options, and the recipe with the command line's changes."""
@@ -774,7 +775,7 @@ def main(argv=None):
         args.init = find_model(args.init, args.stage)
         args.stage = "finetune" if args.stage == "all" else args.stage
         if args.stage == "predict":
-            return predict(args, recipe)
+            return predict(args)
     else:  # between a run's stages it goes without saying that decoders are dropped, heads are new
         logging.getLogger("videomae").setLevel(logging.ERROR)
     if WORLD > 1:
