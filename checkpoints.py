@@ -430,7 +430,8 @@ def inspect(source: str, overrides: dict):
     """Print what a checkpoint is and whether it is sound: every weight is used, or named."""
     model = open_checkpoint(source, overrides)
     parameters, defaults = dict(model.named_parameters()), vars(type(model.config)())
-    changed = {name: x for name, x in vars(model.config).items() if x != defaults[name]}
+    changed = {name: x for name, x in vars(model.config).items()
+               if name != "extra" and x != defaults[name]}
     biases = [x for name, x in parameters.items() if name.endswith(("q_bias", "v_bias"))]
     broken = [name for name, x in parameters.items() if not x.isfinite().all()]
     print(f"{source}: {type(model).__name__}")
