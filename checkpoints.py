@@ -111,7 +111,6 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- Files --------------------------------------------------------------------------------------
 
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A .safetensors file, or one of torch.save -> its state dict, which may be under "model",
     "module" or "state_dict", as in the authors' files."""
@@ -226,7 +225,6 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
 
 # ---- Configs ------------------------------------------------------------------------------------
 
-
 def sort_fields(cls, values: dict) -> dict:
     """The fields of dataclass `cls` that a JSON file holds; all else in it under "extra"."""
     known = {f.name for f in fields(cls)} - {"extra"}
@@ -329,7 +327,6 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
 
 # ---- Models and processors ----------------------------------------------------------------------
 
-
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
     return build_model(cls, source, *read_checkpoint(source), strict, overrides)
@@ -410,7 +407,6 @@ def save_processor(processor, directory):
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
 
 def open_checkpoint(source: str, overrides: dict):
     """-> a model of the class that the checkpoint was saved from."""

@@ -64,7 +64,6 @@ else:
 
 # ---- Recipes ------------------------------------------------------------------------------------
 
-
 @dataclass
 class Recipe:
     """The settings of a run; the defaults are those of `laptop`, for videos of your own.
@@ -166,7 +165,6 @@ PRETRAIN_BETAS, FINETUNE_BETAS = (0.9, 0.95), (0.9, 0.999)  # the authors'
 # repeats them. They are drawn for the whole batch, of which a process takes its rows, so that two
 # processes see together what one would (but for dropout and drop path).
 
-
 class Batches(Dataset):
     """Item `step` is this process's part of that training step's batch: frames, labels, the random
     numbers of the augmentations, and with `mask_of` the mask's two lists of indices."""
@@ -199,7 +197,6 @@ class Batches(Dataset):
 
 
 # ---- Training -----------------------------------------------------------------------------------
-
 
 def say(*text):
     """Print, in the first process only."""
@@ -449,7 +446,6 @@ SAMPLING = ("frame_stride", "views", "crops")
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def mean_over_views(function, clips, indices: Tensor) -> Tensor:
     """function of normalized clips (B, T, 3, H, W), averaged over a clip's views -> (n, ...)."""
@@ -518,7 +514,6 @@ def choose_labelled(labels: Tensor, labels_per_class: int, seed: int) -> Tensor:
 
 # ---- A run: pretrain; for each label budget fine-tune, probe, train from scratch -----------------
 # What is finished is in results.json, so that a killed run goes on behind it.
-
 
 def compare(folder: Path, recipe: Recipe, args, config: VideoMAEConfig, clips, test_clips) -> dict:
     """All stages of a run, those of results.json left out -> its summary."""
@@ -628,7 +623,6 @@ def predict(args):
 
 
 # ---- The command line ---------------------------------------------------------------------------
-
 
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, Recipe]:
     """The command line -> its options, and the recipe with the command line's changes."""

@@ -18,8 +18,7 @@ Read it from top to bottom; data flows through it in the paper's order. Shapes u
     P            pixels in a patch, tubelet_size * patch_size^2 (the paper calls a patch a cube)
     D, D_dec     width of the encoder and of the decoder
 
-Wrong input raises a ValueError or TypeError that names the argument, what came and what was
-expected; docstrings do not repeat that.
+Wrong input raises a ValueError or TypeError that says what came and what was expected.
 
 References (in this file's repository, every output and gradient is tested against 2 and 3):
 1. Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
@@ -35,7 +34,6 @@ published weights, copy the project's checkpoints.py too; for their image proces
 """
 import importlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -168,13 +166,10 @@ PRESETS = {
 
 # ---- Preprocessing: 8-bit frames of the model's size -> pixel_values, and back ------------------
 
-
 def normalize(frames: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> float32: (x / 255 - mean) / std, with ImageNet's statistics."""
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"frames: got {frames.dtype}, expected 8-bit frames (uint8, 0 to 255)")
-    if frames.shape[-3] != 3:
-        raise ValueError(f"frames: got shape {tuple(frames.shape)}, expected (..., 3, H, W)")
+    if frames.dtype != torch.uint8 or frames.shape[-3] != 3:
+        raise TypeError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 (..., 3, H, W)")
     mean, std = frames.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32)
     return (frames.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
@@ -186,7 +181,6 @@ def denormalize(pixels: Tensor) -> Tensor:
 
 
 # ---- Patches: the tokens of a video (paper, section 3: joint space-time cube embedding) ---------
-
 
 def patchify(video: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
     """(B, T, C, H, W) -> (B, N, P, C): tubelet_size x patch_size x patch_size pixels a patch.
@@ -209,15 +203,13 @@ def unpatchify(patches: Tensor, grid: tuple, tubelet_size: int, patch_size: int)
 # every time step: its content must be inferred from how the rest looks and moves. And the ratio is
 # high, 0.9 in the paper: at a lower one, gaps can be filled in from their neighbours.
 
-
 def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_ratio: float,
                 generator: torch.Generator | None = None) -> Tensor:
     """(B, N) bool on the CPU, True = masked: a new mask for each clip, the same count in all.
 
     kind "tube": int(mask_ratio * H'W') spatial positions, the same at every time step: VideoMAE's.
     "random" masks int(mask_ratio * N) patches anywhere, "frame" int(mask_ratio * T') whole time
-    steps; the paper compares with both. Source: the authors' masking_generator.py (tube).
-    """
+    steps; the paper compares with both. Source: the authors' masking_generator.py."""
     time, space = grid[0], grid[1] * grid[2]
     drawn = {"tube": (1, space), "frame": (time, 1), "random": (time, space)}  # expanded
     check_choice("kind", kind, drawn)
@@ -266,7 +258,6 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 # ---- The transformer block: a plain pre-norm ViT with joint attention over space and time -------
-
 
 class Attention(nn.Module):
     """Multi-head self-attention. Queries and values have a bias, as published. Keys have none:
@@ -349,7 +340,6 @@ def init_block_weights(module: nn.Module):
 
 # ---- Positions: fixed, not learned, not in the checkpoints --------------------------------------
 
-
 def sinusoid(num_positions: int, dim: int) -> Tensor:
     """(num_positions, dim) float64: sin and cos interleaved, at dim / 2 frequencies."""
     position, j = torch.arange(num_positions)[:, None], torch.arange(dim)
@@ -362,8 +352,7 @@ def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
 
     "sinusoid", as published: one sinusoid over the flattened (time step, row, column) index, where
     the same spatial position one step later is H'W' further on. "separable": time, row and column
-    get a third of the width each, so neighbours along one share the code of the other two.
-    """
+    get a third of the width each, so neighbours along one share the code of the other two."""
     t, h, w = config.position_grid or config.grid
     if config.position_embedding == "sinusoid":
         table = sinusoid(t * h * w, dim)
@@ -382,7 +371,6 @@ def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
 
 # ---- Loading and saving -------------------------------------------------------------------------
 
-
 def import_checkpoints():
     """checkpoints.py, from this file's directory or package."""
     try:
@@ -400,7 +388,7 @@ class VideoMAEPreTrainedModel(nn.Module):
     config_class = VideoMAEConfig
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, strict: bool = True, **config_overrides):
+    def from_pretrained(cls, source, strict: bool = True, **config_overrides):
         """A published checkpoint -> a model in evaluation mode.
 
         source: a directory as transformers writes it, a hub id such as "MCG-NJU/videomae-base", or
@@ -412,13 +400,12 @@ class VideoMAEPreTrainedModel(nn.Module):
         """
         return import_checkpoints().load_model(cls, source, strict, config_overrides)
 
-    def save_pretrained(self, directory: str | os.PathLike):
+    def save_pretrained(self, directory):
         """Write config.json and model.safetensors, for transformers too. Overwrites nothing."""
         import_checkpoints().save_model(self, directory)
 
 
 # ---- Encoder: what is kept ----------------------------------------------------------------------
-
 
 class BaseModelOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, N_vis, D); N_vis = N without a mask
@@ -510,7 +497,6 @@ def as_tuple(output: tuple, return_dict: bool | None) -> tuple:
 
 
 # ---- Decoder and loss: what is thrown away after pretraining ------------------------------------
-
 
 class VideoMAEDecoder(nn.Module):
     """Predicts masked patches from visible ones. Narrow and shallow: it processes all N tokens.
@@ -629,7 +615,6 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---- Classifier: the encoder and one linear layer -----------------------------------------------
 
-
 class ImageClassifierOutput(NamedTuple):
     loss: Tensor | None  # (), where labels were given
     logits: Tensor  # (B, num_labels)
@@ -679,7 +664,6 @@ class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
 
 
 # ---- Looking inside: transformers' options that keep or change what the encoder computes --------
-
 
 def look_inside(encoder: VideoMAEModel, patches: Tensor, index: Tensor, head_mask: Tensor | None,
                 output_attentions: bool, output_hidden_states: bool) -> BaseModelOutput:
