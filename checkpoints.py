@@ -7,8 +7,8 @@ SOURCE is a directory as transformers 4 or 5 writes it, a hub id such as MCG-NJU
 file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), of which nothing is executed.
 What a file does not say is given as fields of the config: num_attention_heads=3 num_frames=8.
 
-videomae.py imports this file inside `from_pretrained` and `save_pretrained`; only the command line
-above imports videomae.py. Wrong files raise a ValueError that names the file and what is wrong.
+videomae.py imports this file inside `from_pretrained` and `save_pretrained`. Only the command line
+above imports videomae.py and processor.py. Wrong files raise a ValueError that names the file and what is wrong.
 """
 import argparse
 import json
@@ -66,10 +66,9 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     out = {}
     for name, tensor in state_dict.items():
-        name = re.sub(*OTHER_NAMES[0], name)
         for theirs, ours in TRANSFORMERS_NAMES:
             name = re.sub(rf"(^|\.){re.escape(theirs)}(?=\.)", rf"\g<1>{ours}", name)
-        for pattern, ours in OTHER_NAMES[1:]:
+        for pattern, ours in OTHER_NAMES:
             name = re.sub(pattern, ours, name)
         out[name] = tensor
     if not any(name.startswith("videomae.") for name in out):
@@ -392,7 +391,7 @@ def save_model(model: nn.Module, directory):
 
 
 def load_processor(cls, source, overrides: dict):
-    """See VideoMAEImageProcessor.from_pretrained in videomae.py."""
+    """See VideoMAEImageProcessor.from_pretrained in processor.py."""
     path = find(source)
     path = path.parent if path.is_file() else path
     values = read_json(path / "preprocessor_config.json")

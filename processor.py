@@ -99,7 +99,8 @@ class VideoMAEImageProcessor:
         if self.do_resize:
             frames = resize(frames, **self.size, resample=self.resample)
         if self.do_center_crop:
-            (h, w), (height, width) = frames.shape[-2:], self.crop_size.values()
+            (h, w), crop = frames.shape[-2:], self.crop_size
+            height, width = crop["height"], crop["width"]  # a file may have them in either order
             if h < height or w < width:
                 raise ValueError(f"crop_size: got {height} x {width} for frames of {h} x {w}, "
                                  "expected one that fits")
@@ -166,8 +167,10 @@ def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2
     if resample == 2 and abs(height * w / (width * h) - 1) < 0.1:
         frames = frames.contiguous(memory_format=torch.channels_last)
         return F.interpolate(frames, (height, width), mode="bilinear", antialias=True)
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("this kind of resize needs Pillow: pip install pillow") from error
     images = [Image.fromarray(channel.numpy()) for channel in frames.flatten(0, 1)]
     resized = [np.array(image.resize((width, height), resample)) for image in images]
     return torch.from_numpy(np.stack(resized)).view(*frames.shape[:2], height, width)

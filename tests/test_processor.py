@@ -114,3 +114,10 @@ def test_processor_refuses_wrong_inputs():
             processor(videos, **options)
 
 
+
+
+def test_a_crop_does_not_depend_on_the_order_of_its_sides():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+    for crop_size in ({"height": 32, "width": 24}, {"width": 24, "height": 32}):
+        processor = VideoMAEImageProcessor(size=32, crop_size=crop_size)
+        assert processor(frames, return_tensors="pt").pixel_values.shape == (1, 2, 3, 32, 24)

@@ -105,6 +105,7 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got"),
+    (["--accumulate", "0"], "--accumulate: got 0"),
     (["--precision", "fp8"], "--precision: got 'fp8'"),
     (["--optimizer", "sgd"], "--optimizer: got 'sgd'"),
     (["--resume", "nowhere"], "--resume: nowhere has no settings.json"),

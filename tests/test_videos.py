@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import write_whole
 from tests.helpers import hub_server, turn_clockwise, write_video
 from tiny import report
 from tiny.augment import colour_jitter, flip, multi_scale_crop
@@ -285,19 +284,6 @@ def test_ucf101_subset_is_downloaded_once_and_unpacked_safely(tmp_path):
     assert "--data: ucf101-subset cannot be had here (OutsideDestination" in refused.stderr
     assert not list((tmp_path / "evil home/cache").iterdir())
     assert not list(tmp_path.rglob("outside.avi"))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "model.pt"
-    target.write_bytes(b"old")
-
-    def fail_half_way(file):
-        file.write(b"new, but")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(target, fail_half_way)
-    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
 
 # --------------------------------------------------------------------------------------------------
