@@ -8,7 +8,8 @@ file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), of which 
 What a file does not say is given as fields of the config: num_attention_heads=3 num_frames=8.
 
 videomae.py imports this file inside `from_pretrained` and `save_pretrained`. Only the command line
-above imports videomae.py and processor.py. Wrong files raise a ValueError that names the file and what is wrong.
+above imports videomae.py and processor.py. Wrong files raise a ValueError that names the file and
+what is wrong.
 """
 import argparse
 import json
