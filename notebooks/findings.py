@@ -26,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_tiny  # noqa: E402
 from checkpoints import write_whole  # noqa: E402
+from tiny.evaluate import choose_labelled, linear_probe, percent, probabilities  # noqa: E402
 from tiny.synthetic import (  # noqa: E402
     HELD_OUT_SEEDS,
     MOTIONS,
@@ -150,7 +151,7 @@ def run_once(job: tuple[dict, int]) -> dict:
         decoder_num_hidden_layers=settings["decoder_layers"])
     make_clips = {"motion": SyntheticClips, "look": look_clips}[settings["data"]]
     clips, test = make_clips(10_000, config, seed), make_clips(1024, config, HELD_OUT_SEEDS["test"])
-    few, many = (train_tiny.choose_labelled(clips.labels, count, seed)
+    few, many = (choose_labelled(clips.labels, count, seed)
                  for count in (settings["labels_per_class"], 100))
     result = dict(settings, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -164,12 +165,12 @@ def run_once(job: tuple[dict, int]) -> dict:
             model, trained = train_tiny.pretrain(folder, unlabelled, config, recipe, lambda _: None)
             encoder = folder / "pretrained"
             model.save_pretrained(encoder)
-            predictions = train_tiny.linear_probe(model.eval().videomae, clips, many, test)
+            predictions = linear_probe(model.eval().videomae, clips, many, test)
             result |= dict(loss=trained["loss_last"],
-                           probe_800_top1=train_tiny.percent(predictions == test.labels))
+                           probe_800_top1=percent(predictions == test.labels))
         classifier, _ = train_tiny.finetune(folder, "finetune", clips, few, config, recipe, encoder)
-        predictions = train_tiny.probabilities(classifier, test).argmax(dim=1)
-        result |= dict(finetune_top1=train_tiny.percent(predictions == test.labels))
+        predictions = probabilities(classifier, test).argmax(dim=1)
+        result |= dict(finetune_top1=percent(predictions == test.labels))
     return result | dict(seconds=round(time.perf_counter() - start))
 
 

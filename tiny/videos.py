@@ -24,138 +24,94 @@ from videomae import VideoMAEConfig
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 
-# A file, the name of its class, and its side: "train", "test", or "" where its scene decides.
-Video = tuple[Path, str, str]
+# A file, whose folder is its class, and its side: "train", "test", or "" where its scene decides.
+Video = tuple[Path, str]
 
 
-def load_videos(folder: Path, config: VideoMAEConfig, recipe, split: int, cache: Path, say):
+def load_videos(folder: Path, config: VideoMAEConfig, recipe, cache: Path, say):
     """A folder, see `find_videos` -> VideoClips for training and for testing."""
-    found = find_videos(folder, split)
-    classes = list(dict.fromkeys(name for _, name, _ in found))
+    found = find_videos(folder, recipe.split)
+    classes = sorted({file.parent.name for file, _ in found})
     if len(classes) < 2:
         raise ValueError(f"--data: got {classes or 'no video'} in {folder}, expected the videos of "
                          f"two classes or more, Class/*{{{','.join(SUFFIXES)}}}")
     split_videos(found, classes)  # what cannot be split is refused before hours of decoding
-    files = list(dict.fromkeys(file for file, _, _ in found))  # a list may name one twice
-    decoded = decode_all(files, config.image_hw[0], cache, recipe.max_broken, say)
+    files = sorted({file for file, _ in found})
+    decoded = decode_all(files, config.image_hw[0], cache, recipe, say)
 
     # Split anew without the broken files: one of them could be all that a class has for testing.
-    sides = split_videos([video for video in found if video[0] in decoded], classes)
     clips = []
-    for side in ("train", "test"):
-        labels = torch.tensor([classes.index(name) for _, name in sides[side]])
-        files = [decoded[file] for file, _ in sides[side]]
-        clips.append(VideoClips(classes, files, labels, config, recipe))
+    for files in split_videos([video for video in found if video[0] in decoded], classes):
+        labels = torch.tensor([classes.index(file.parent.name) for file in files])
+        clips.append(VideoClips(classes, [decoded[file] for file in files], labels, config, recipe))
     return tuple(clips)
 
 
 def find_videos(folder: Path, split: int) -> list[Video]:
-    """The videos of a folder, in the order of their classes. The first of these layouts counts:
+    """The videos of a folder. The first of these layouts counts:
 
-    1. train.csv and test.csv (or val.csv), the authors' lists
-    2. train/Class/* and test/Class/* (or val/Class/*)
-    3. Class/* and ucfTrainTestlist/, UCF101's official lists, of which `split` is followed
-    4. Class/*
+    1. train/Class/* and test/Class/* (or val/Class/*)
+    2. Class/* and ucfTrainTestlist/, UCF101's official lists, of which `split` is followed
+    3. Class/*
     """
-    held_out = "test" if any((folder / f"test{end}").exists() for end in ("", ".csv")) else "val"
-    if (folder / "train.csv").is_file():
-        return read_authors_lists(folder, held_out)
-    if (folder / "train").is_dir() and (folder / held_out).is_dir():
-        return videos_in(folder / "train", "train") + videos_in(folder / held_out, "test")
-    if (folder / "ucfTrainTestlist").is_dir():
-        return read_official_lists(folder, split)
-    return videos_in(folder, side="")
-
-
-def videos_in(folder: Path, side: str) -> list[Video]:
-    """FOLDER/Class/*, sorted."""
-    return [(file, file.parent.name, side) for file in sorted(folder.glob("*/*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-
-
-def read_authors_lists(folder: Path, held_out: str) -> list[Video]:
-    """Lines of a path (absolute, or from the folder), a space and a label. Classes are called
-    after the folders of their videos where each has one to itself, else after their labels."""
-    entries = []
-    for side, path in (("train", folder / "train.csv"), ("test", folder / f"{held_out}.csv")):
-        if not path.is_file():
-            raise ValueError(f"--data: {path} is missing")
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-            file, _, label = line.strip().rpartition(" ")
-            if not file or not label.isdecimal():
-                raise ValueError(f"--data: got the line {line!r} in {path}, expected a path, "
-                                 "a space and a label")
-            entries.append((int(label), folder / file, side))
-    pairs = {(label, file.parent.name) for label, file, _ in entries}
-    has_names = len(pairs) == len(dict(pairs)) == len({name for _, name in pairs})
-    return [(file, file.parent.name if has_names else str(label), side)
-            for label, file, side in sorted(entries)]
-
-
-def read_official_lists(folder: Path, split: int) -> list[Video]:
-    """UCF101's lists of Class/file.avi, of which those that are there."""
+    parts = {"train": folder / "train", "test": folder / "test"}
+    if not parts["test"].is_dir():
+        parts["test"] = folder / "val"
+    lists = folder / "ucfTrainTestlist"
+    if all(part.is_dir() for part in parts.values()):
+        return [(file, side) for side, part in parts.items() for file in videos_in(part)]
+    if not lists.is_dir():
+        return [(file, "") for file in videos_in(folder)]
     videos = []
-    for side in ("train", "test"):
-        path = folder / f"ucfTrainTestlist/{side}list{split:02}.txt"
+    for side in parts:
+        path = lists / f"{side}list{split:02}.txt"
         if not path.is_file():
             raise ValueError(f"--split: {path} is missing")
-        # A training list has labels too, which are no files.
+        # A training list has labels too, which are no files. Listed files may not all be there.
         files = [folder / word for word in path.read_text().split()]
-        videos += [(file, file.parent.name, side) for file in files if file.is_file()]
+        videos += [(file, side) for file in files if file.is_file()]
     return sorted(videos)
 
 
-def split_videos(videos: list[Video], classes: list[str]) -> dict[str, list[tuple[Path, str]]]:
-    """-> {"train": [(file, class name)], "test": ...}. Without lists, every fifth scene of a class
-    is for testing. A scene is a UCF101 group, `_g07_` in the names, or else a single file."""
-    sides = {"train": [], "test": []}
-    scenes = {name: {} for name in classes}  # {class name: {scene: its number}}
-    for file, name, side in videos:
+def videos_in(folder: Path) -> list[Path]:
+    """FOLDER/Class/*, sorted."""
+    return [file for file in sorted(folder.glob("*/*"))
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+
+
+def split_videos(videos: list[Video], classes: list[str]) -> tuple[list[Path], list[Path]]:
+    """-> files to train on and files to test on. Without lists, every fifth scene of a class is for
+    testing. A scene is a UCF101 group, `_g07_` in the names, or else a single file."""
+    sides, scenes = {"train": [], "test": []}, {name: [] for name in classes}
+    for file, side in videos:
         group = re.search(r"_g\d+_", file.name)
-        scene = group[0] if group else file.name
-        number = scenes[name].setdefault(scene, len(scenes[name]))
-        side = side or ("train" if number % 5 else "test")
-        sides[side].append((file, name))
-    for side, entries in sides.items():
-        missing = set(classes) - {name for _, name in entries}
-        if missing:
+        scene, known = group[0] if group else file.name, scenes[file.parent.name]
+        if scene not in known:
+            known.append(scene)
+        sides[side or ("train" if known.index(scene) % 5 else "test")].append(file)
+    for side, files in sides.items():
+        if missing := set(classes) - {file.parent.name for file in files}:
             raise ValueError(f"--data: no {side} video of class {', '.join(sorted(missing))} that "
                              "can be read, expected one at least (a class needs two scenes)")
-    return sides
+    return sides["train"], sides["test"]
 
 
-def decode_all(files: list[Path], short_side: int, cache: Path, max_broken: float, say):
+def decode_all(files: list[Path], short_side: int, cache: Path, recipe, say) -> dict[Path, Path]:
     """Every readable file -> {file: its decoded frames}. Broken ones are named and left out."""
-    sample = files[:: max(1, len(files) // 20)]
-    size = np.mean([estimate_size(file, short_side) for file in sample]) * len(files)
-    say(f"cache     {cache}/: about {size / 1e6:.0f} MB for {len(files)} videos")
-
     def attempt(file):
         try:
             return decode(file, short_side, cache)
         except ValueError as error:
             say(f"left out: {error}")
-            return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         paths = tqdm(pool.map(attempt, files), "decoding", len(files), leave=False, disable=None)
         decoded = {file: path for file, path in zip(files, paths, strict=True) if path}
     num_broken = len(files) - len(decoded)
-    if num_broken > max_broken * len(files):
+    if num_broken > recipe.max_broken * len(files):
         raise ValueError(f"--max-broken: {num_broken} of {len(files)} videos cannot be read, "
-                         f"expected at most {max_broken:.0%}")
+                         f"expected at most {recipe.max_broken:.0%}")
     return decoded
-
-
-def estimate_size(file: Path, short_side: int) -> float:
-    """Bytes of a decoded video, from what its header says; 0 where it says nothing."""
-    av = optional_import("av", "av")
-    with contextlib.suppress(av.FFmpegError, IndexError), av.open(str(file)) as container:
-        stream = container.streams.video[0]
-        frames = (container.duration or 0) / av.time_base * float(stream.average_rate or 25)
-        sides = stream.width, stream.height
-        return 3 * frames * short_side**2 * max(sides) / max(1, min(sides))
-    return 0.0
 
 
 def decode(file: Path, short_side: int, cache: Path) -> Path:
