@@ -25,6 +25,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -436,27 +437,37 @@ SAMPLING = ("frame_stride", "views", "crops")
 
 # ---- A run --------------------------------------------------------------------------------------
 
-def load_data(config: VideoMAEConfig, recipe: Recipe) -> tuple:
-    """-> training clips and held-out clips."""
+class Data(NamedTuple):
+    clips: SyntheticClips | VideoClips
+    labelled: Tensor  # indices of the clips whose labels are used
+    test_clips: SyntheticClips | VideoClips
+
+
+def load_data(config: VideoMAEConfig, recipe: Recipe) -> Data:
+    """Clips to train on, and clips held out."""
     if recipe.data == "synthetic":
         gigabytes = recipe.unlabelled_clips * config.num_patches * config.patch_dim / 1e9
         if gigabytes > 4:
             raise ValueError(f"--data: synthetic clips of this size would take {gigabytes:.0f} GB, "
                              "expected --data FOLDER for a large model")
         seed = HELD_OUT_SEEDS["val" if recipe.validate else "test"]
-        held_out = SyntheticClips(recipe.test_clips, config, seed)
-        return SyntheticClips(recipe.unlabelled_clips, config, recipe.seed), held_out
-    if recipe.validate:
+        clips = SyntheticClips(recipe.unlabelled_clips, config, recipe.seed)
+        test_clips = SyntheticClips(recipe.test_clips, config, seed)
+    elif recipe.validate:
         raise ValueError("--validate: a folder has no validation clips")
-    if RANK:
-        wait()  # until the first process has downloaded and decoded
-    cache, folder = Path(recipe.cache), Path(recipe.data)
-    if recipe.data == "ucf101-subset":
-        folder = download_ucf101_subset(cache)
-    clips = load_videos(folder, config, recipe, cache, say)
-    if RANK == 0:
-        wait()
-    return clips
+    else:
+        if RANK:
+            wait()  # until the first process has downloaded and decoded
+        cache, folder = Path(recipe.cache), Path(recipe.data)
+        if recipe.data == "ucf101-subset":
+            folder = download_ucf101_subset(cache)
+        clips, test_clips = load_videos(folder, config, recipe, cache, say)
+        if RANK == 0:
+            wait()
+    labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
+    say(f"{device_name()}; {len(clips.labels)} clips to train on, {len(labelled)} with labels of "
+        f"{len(clips.classes)} classes; {len(test_clips.labels)} held out")
+    return Data(clips, labelled, test_clips)
 
 
 def run(folder: Path, stage: str, recipe: Recipe) -> dict:
@@ -465,57 +476,56 @@ def run(folder: Path, stage: str, recipe: Recipe) -> dict:
     if recipe.init:
         config = VideoMAEModel.from_pretrained(recipe.init).config
     random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)  # a wrong one, before the work
-    clips, test_clips = load_data(config, recipe)
-    labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
-    say(f"{device_name()}; {len(clips.labels)} clips to train on, {len(labelled)} with labels of "
-        f"{len(clips.classes)} classes; {len(test_clips.labels)} held out; output: {folder}/")
-
-    path = folder / "summary.json"
-    majority = scores(clips.labels.mode().values, test_clips.labels)
-    summary = dict(
-        majority_top1=majority["top1"], majority_balanced=majority["balanced"],
-        classes=clips.classes, device=device_name(), processes=WORLD, torch=torch.__version__,
-        recipe=asdict(recipe), config=asdict(config), seconds={})
-    if path.exists():
-        summary = json.loads(path.read_text())
+    data = load_data(config, recipe)
+    path, labels = folder / "summary.json", data.test_clips.labels
+    summary = json.loads(path.read_text()) if path.exists() else dict(
+        device=device_name(), processes=WORLD, torch=torch.__version__, recipe=asdict(recipe),
+        config=asdict(config), classes=data.clips.classes, seconds={},
+        **scores("majority", data.clips.labels.mode().values, labels))
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for half_written in folder.glob("*.tmp"):
             shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         write_json(folder / "settings.json", dict(stage=stage, recipe=asdict(recipe)))
     wait()
-
-    def picture(model):
-        report.draw_reconstruction(model, test_clips, recipe, folder / "reconstruction.gif")
-
-    pretrained = Path(recipe.init or folder / "pretrained")
     ways = ["pretrain"] * (not recipe.init)
     if stage != "pretrain":
         ways += ["finetune", "linear_probe"] + ["scratch_full_time"] * (recipe.scratch_steps > 0)
     for way in ways:
-        if way in summary["seconds"]:
-            continue
-        if way == "pretrain":
-            model, result = pretrain(folder, clips, config, recipe, picture)
-            save_model(model, pretrained)
-        elif way == "linear_probe":
-            start = time.perf_counter()
-            encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
-            result = scores(linear_probe(encoder, clips, labelled, test_clips), test_clips.labels)
-            result["seconds"] = round(time.perf_counter() - start, 1)
-        else:
-            init = pretrained if way == "finetune" else None
-            model, result = finetune(folder, way, clips, labelled, config, recipe, init)
-            result |= scores(probabilities(model, test_clips).argmax(dim=1), test_clips.labels)
-            if init:
-                save_model(model, folder / "finetuned")
-        summary["seconds"][way] = result.pop("seconds")
-        summary |= {f"{way}_{key}": value for key, value in result.items()}
-        if RANK == 0:
-            write_json(path, summary)
-        wait()
+        if way not in summary["seconds"]:
+            result, predictions = run_stage(way, folder, data, config, recipe)
+            summary["seconds"][way] = result.pop("seconds")
+            summary |= {f"{way}_{key}": value for key, value in result.items()}
+            if predictions is not None:
+                summary |= scores(way, predictions, labels)
+            if RANK == 0:
+                write_json(path, summary)
+            wait()
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return summary
+
+
+def run_stage(way: str, folder: Path, data: Data, config: VideoMAEConfig, recipe: Recipe) -> tuple:
+    """-> a result with its "seconds", and predictions for the held-out clips, or None."""
+    pretrained = Path(recipe.init or folder / "pretrained")
+    if way == "pretrain":
+        def picture(model):
+            path = folder / "reconstruction.gif"
+            report.draw_reconstruction(model, data.test_clips, recipe, path)
+
+        model, result = pretrain(folder, data.clips, config, recipe, picture)
+        save_model(model, pretrained)
+        return result, None
+    if way == "linear_probe":
+        start = time.perf_counter()
+        encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
+        predictions = linear_probe(encoder, *data)
+        return dict(seconds=round(time.perf_counter() - start, 1)), predictions
+    init = pretrained if way == "finetune" else None
+    model, result = finetune(folder, way, data.clips, data.labelled, config, recipe, init)
+    if init:
+        save_model(model, folder / "finetuned")
+    return result, probabilities(model, data.test_clips).argmax(dim=1)
 
 
 def write_json(path: Path, content: dict):
@@ -628,6 +638,7 @@ def main(argv=None):
         backend = "nccl" if DEVICE.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
         wait()  # until every process has looked for a free name
+    say(f"output: {folder}/")
     try:
         summary = run(folder, stage, recipe)
     except KeyboardInterrupt:

@@ -32,11 +32,11 @@ def percent(correct: Tensor) -> float:
     return round(100 * correct.float().mean().item(), 2)
 
 
-def scores(predictions: Tensor, labels: Tensor) -> dict:
-    """top-1, and balanced accuracy, the mean over the classes, in percent."""
+def scores(way: str, predictions: Tensor, labels: Tensor) -> dict:
+    """{way}_top1, and {way}_balanced, the mean over the classes, in percent."""
     correct = (predictions == labels).float()
     by_class = torch.stack([correct[labels == c].mean() for c in labels.unique()])
-    return dict(top1=percent(correct), balanced=percent(by_class))
+    return {f"{way}_top1": percent(correct), f"{way}_balanced": percent(by_class)}
 
 
 def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
