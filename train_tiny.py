@@ -42,7 +42,7 @@ from tiny import report
 from tiny.augment import colour_jitter, flip
 from tiny.evaluate import choose_labelled, linear_probe, probabilities, scores
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
-from tiny.videos import VideoClips, decode, download_ucf101_subset, load_videos
+from tiny.videos import LongVideo, VideoClips, download_ucf101_subset, load_videos
 from videomae import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -84,7 +84,7 @@ class Recipe:
     model: str = "laptop"  # a preset of VideoMAEConfig
     mask: str = "tube"
     mask_ratio: float = 0.75  # the authors' for UCF101, their smallest data set
-    frame_stride: int = 4  # the authors' for UCF101: 16 frames, 4 apart
+    fps: float = 6.25  # frames a second: the authors' stride of 4 in UCF101's 25
     views: int = 5  # at test time, the mean over 5 times ...
     crops: int = 3  # ... and 3 places; the authors' for UCF101
     flip: bool = True  # left to right; not where the direction is the label
@@ -94,6 +94,8 @@ class Recipe:
     unlabelled_clips: int = 10_000  # synthetic clips to pretrain on
     test_clips: int = 1024  # synthetic clips held out
     max_broken: float = 0.1  # share of the videos that may be unreadable
+    max_minutes: float = 60.0  # of a video; the rest is not used
+    cache_gb: float = 20.0  # refuse a folder whose decoded frames would take more
 
     pretrain_steps: int = 2000
     pretrain_batch: int = 16
@@ -432,7 +434,7 @@ def finetune(folder: Path, stage: str, clips, subset: Tensor, config: VideoMAECo
                         betas=(0.9, 0.999), layer_decay=layer_decay)
 
 
-SAMPLING = ("frame_stride", "views", "crops")
+SAMPLING = ("fps", "views", "crops")
 
 
 # ---- A run --------------------------------------------------------------------------------------
@@ -557,14 +559,13 @@ def device_name() -> str:
 def predict(videos: list[str], recipe: Recipe, changes: dict):
     """Print the five most likely classes of each video, sampled as in training."""
     model = VideoMAEForVideoClassification.from_pretrained(recipe.init).to(DEVICE)
-    config, label = model.config, torch.zeros(1, dtype=torch.int64)
+    config = model.config
     names = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)}
     trained = {key: config.extra[key] for key in SAMPLING if key in config.extra}
     recipe = replace(recipe, **trained | changes)
     for video in videos:
-        frames = decode(Path(video), config.image_hw[0], Path(recipe.cache))
-        clips = VideoClips([""], [frames], label, config, recipe)
-        likely = probabilities(model, clips)[0].topk(min(5, len(names)))
+        shares = probabilities(model, LongVideo(Path(video), config, recipe))[0]
+        likely = shares.topk(min(5, len(names)))
         say(video)
         for share, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
             say(f"  {100 * share:5.1f} %  {names[i]}")

@@ -58,8 +58,9 @@ def hub_server(folder: Path):
         server.server_close()
 
 
-def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt="yuv420p"):
-    """frames (T, H, W, 3) uint8 -> a video file."""
+def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt="yuv420p",
+                stamps=None):
+    """frames (T, H, W, 3) uint8 -> a video file; stamps: when each is shown, in 1 / rate s."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,9 @@ def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt=
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
-        for frame in frames:
+        for number, frame in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            frame.pts = number if stamps is None else int(stamps[number])
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

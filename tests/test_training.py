@@ -202,7 +202,7 @@ def video_folder(tmp_path):
     return tmp_path / "data"
 
 
-VIDEOS = ["--frame-stride", 2, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
+VIDEOS = ["--fps", 12.5, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
           "--finetune-batch", 4, "--scratch-steps", 2, "--views", 2, "--max-broken", 0.2]
 
 
@@ -215,7 +215,7 @@ def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
     names = {file.name for file in (tmp_path / "runs/videos").iterdir()}
     assert names == FILES
     config = json.loads((tmp_path / "runs/videos/finetuned/config.json").read_text())
-    assert (config["frame_stride"], config["views"]) == (2, 2)
+    assert (config["fps"], config["views"]) == (12.5, 2)
     assert config["id2label"]["1"] == "Zoom In"
     summary = read_summary(tmp_path / "runs/videos")
     assert summary["majority_top1"] == 50 and 0 <= summary["finetune_balanced"] <= 100

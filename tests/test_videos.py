@@ -14,7 +14,16 @@ from tests.helpers import hub_server, turn_clockwise, write_video
 from tiny import report
 from tiny.augment import colour_jitter, flip, multi_scale_crop
 from tiny.synthetic import MOTIONS, SyntheticClips, make_textures, move_textures
-from tiny.videos import VideoClips, decode, decode_all, find_videos, load_videos, split_videos
+from tiny.videos import (
+    LongVideo,
+    VideoClips,
+    decode,
+    decode_all,
+    find_videos,
+    load_videos,
+    read_frames,
+    split_videos,
+)
 from videomae import VideoMAEConfig, VideoMAEForPreTraining
 
 HERE = Path(__file__).parent.parent
@@ -24,8 +33,8 @@ TINY = VideoMAEConfig.preset("tiny")
 
 def recipe(**changes):
     """What tiny/ reads of a recipe."""
-    defaults = dict(frame_stride=4, views=5, crops=3, max_broken=0.1, split=1, mask="tube",
-                    mask_ratio=0.75)
+    defaults = dict(fps=25.0, views=5, crops=3, max_broken=0.1, max_minutes=60.0, cache_gb=1.0,
+                    split=1, mask="tube", mask_ratio=0.75)
     return SimpleNamespace(**defaults | changes)
 
 
@@ -92,15 +101,72 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path):
 def test_decoded_frames_are_the_video(tmp_path):
     """Colours and order survive the way from a file to a clip; a short video holds its last."""
     write_video(tmp_path / "A/one.mp4", ramp(6))
-    decoded = decode(tmp_path / "A/one.mp4", 32, tmp_path / "cache")
+    decoded = decode(tmp_path / "A/one.mp4", 32, tmp_path / "cache", recipe())
     labels = torch.zeros(1, dtype=torch.int64)
-    clips = VideoClips(["A"], [decoded], labels, TINY, recipe(frame_stride=1))
+    clips = VideoClips(["A"], [decoded], labels, TINY, recipe())
     clip = clips.load(torch.tensor([0]))[0]  # (8, 3, 32, 32)
     expected = torch.from_numpy(ramp(6)[[0, 1, 2, 3, 4, 5, 5, 5], 0, 0]).float()
     assert (clip.float().mean(dim=(2, 3)) - expected).abs().max() < 6
     time = decoded.stat().st_mtime_ns
-    assert decode(tmp_path / "A/one.mp4", 32, tmp_path / "cache") == decoded
+    assert decode(tmp_path / "A/one.mp4", 32, tmp_path / "cache", recipe()) == decoded
     assert decoded.stat().st_mtime_ns == time, "decoded once"
+
+
+def seconds_seen(path, length, fps):
+    """The time of each frame of a video made of `ramp`, read off its colour."""
+    red = np.stack(list(read_frames(path, 32, fps)))[..., 0].mean(axis=(1, 2))
+    return (red - 20) / 200 * length
+
+
+def test_time_counts_and_not_frames(tmp_path):
+    """The same two seconds at 25, 30 and 60 frames a second, and at a rate that changes, give the
+    same frames, to within one frame of the video."""
+    for rate in (25, 30, 60):
+        write_video(tmp_path / f"{rate}.mp4", ramp(2 * rate), rate=rate)
+    stamps = np.concatenate([np.arange(0, 500, 40), np.arange(500, 2000, 100)])  # milliseconds
+    frames = ramp(2000)[stamps]
+    write_video(tmp_path / "changes.mkv", frames, rate=1000, stamps=stamps)
+    for name, slowest in (("25.mp4", 25), ("30.mp4", 30), ("60.mp4", 60), ("changes.mkv", 10)):
+        seen = seconds_seen(tmp_path / name, 2.0, 6.25)
+        assert len(seen) in (12, 13), name
+        expected = np.arange(len(seen)) / 6.25
+        assert np.abs(seen - expected).max() < 1 / slowest + 0.04, name  # 0.04: of the coding
+    assert len(seconds_seen(tmp_path / "25.mp4", 2.0, 50)) in (99, 100), "frames are repeated"
+
+
+def test_long_videos_are_bounded_and_only_their_windows_are_decoded(tmp_path):
+    write_video(tmp_path / "long.mp4", ramp(1500))  # a minute
+    video = LongVideo(tmp_path / "long.mp4", TINY, recipe(views=4, crops=1))
+    for view in range(4):
+        clip = video.load(torch.tensor([0]), view=view)[0]  # (8, 3, 32, 32)
+        red = clip[:, 0].float().mean(dim=(1, 2))
+        start = (view + 0.5) / 4 * (60 - 8 / 25)
+        assert (red - 20 - 200 * start / 60).abs().max() < 4, "spread over the whole length"
+
+    said, files = [], [tmp_path / "long.mp4"]
+    some = recipe(max_minutes=0.5, fps=5.0)
+    (decoded,) = decode_all(files, 32, tmp_path / "cache", some, said.append).values()
+    assert len(np.load(decoded)) == 150 and "only its first 0.5 minutes" in said[0]
+    assert "about 0.00 GB for 0.5 minutes" in said[1]
+    some.cache_gb = 1e-6
+    with pytest.raises(ValueError, match="--cache-gb: got 1e-06"):
+        decode_all(files, 32, tmp_path / "cache", some, print)
+
+
+def test_a_killed_decode_leaves_nothing_that_counts(tmp_path):
+    write_video(tmp_path / "long.mp4", ramp(3000))
+    code = ("import sys; from types import SimpleNamespace; from pathlib import Path;"
+            "from tiny.videos import decode; print(decode(Path('long.mp4'), 32, Path('cache'),"
+            "SimpleNamespace(fps=25.0, max_minutes=60.0)))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                               env=os.environ | {"PYTHONPATH": str(HERE)})
+    while not list(tmp_path.glob("cache/*.tmp")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("cache/*.npy"))
+    decoded = decode(tmp_path / "long.mp4", 32, tmp_path / "cache", recipe())
+    assert np.load(decoded, mmap_mode="r").shape == (3000, 32, 43, 3)
 
 
 def test_views_and_crops(tmp_path):
@@ -119,15 +185,13 @@ def test_views_and_crops(tmp_path):
 
     six = clips(views=2, crops=3)
     loaded = [six.load(zero, view=view) for view in range(six.num_views)]
-    # A quarter and three quarters of the 22 starts, and three places at each.
-    assert [times(x)[0] for x in loaded] == [5, 5, 5, 16, 16, 16]
+    # A quarter and three quarters of the 43 starts, and three places at each.
+    assert [times(x)[0] for x in loaded] == [10, 10, 10, 32, 32, 32]
     assert [int(x[0, 0, 1, 0, 0]) // 2 for x in loaded] == [0, 32, 64] * 2
-    assert all(np.diff(times(x)).tolist() == [4] * 7 for x in loaded)
-    long = clips(frame_stride=20, views=1, crops=1)
-    assert times(long.load(zero)) == [0, 20, 40, 49, 49, 49, 49, 49]
+    assert all(np.diff(times(x)).tolist() == [1] * 7 for x in loaded)
 
-    drawn = [six.load(zero, torch.rand(1, 4)) for _ in range(300)]
-    assert {times(x)[0] for x in drawn} == set(range(22)), "every start there is"
+    drawn = [six.load(zero, torch.rand(1, 4)) for _ in range(600)]
+    assert {times(x)[0] for x in drawn} == set(range(43)), "every start there is"
     lefts = {int(x[0, 0, 1, 0, 0]) // 2 for x in drawn}
     assert min(lefts) < 4 and max(lefts) > 64 and len(lefts) > 40, "anywhere"
     again = torch.rand(1, 4)

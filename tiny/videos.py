@@ -10,6 +10,8 @@ import re
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +98,22 @@ def split_videos(videos: list[Video], classes: list[str]) -> tuple[list[Path], l
     return sides["train"], sides["test"]
 
 
-def decode_all(files: list[Path], short_side: int, cache: Path, recipe, say) -> dict[Path, Path]:
+def decode_all(files: list[Path], short_side: int, folder: Path, recipe, say) -> dict[Path, Path]:
     """Every readable file -> {file: its decoded frames}. Broken ones are named and left out."""
+    longest, seconds = 60 * recipe.max_minutes, {file: duration(file) for file in files}
+    for file in files:
+        if seconds[file] > longest:
+            say(f"{file}: only its first {recipe.max_minutes:g} minutes are used (--max-minutes)")
+    seconds = sum(min(x, longest) for x in seconds.values())
+    gigabytes = 3 * short_side * 4 / 3 * short_side * seconds * recipe.fps / 1e9  # if they are 4:3
+    say(f"cache: {folder}/, about {gigabytes:.2f} GB for {seconds / 60:.1f} minutes of video")
+    if gigabytes > recipe.cache_gb:
+        raise ValueError(f"--cache-gb: got {recipe.cache_gb}, but {gigabytes:.1f} GB of frames are "
+                         "expected; fewer videos, --fps or --max-minutes make it less")
+
     def attempt(file):
         try:
-            return decode(file, short_side, cache)
+            return decode(file, short_side, folder, recipe)
         except ValueError as error:
             say(f"left out: {error}")
 
@@ -114,38 +127,71 @@ def decode_all(files: list[Path], short_side: int, cache: Path, recipe, say) -> 
     return decoded
 
 
-def decode(file: Path, short_side: int, cache: Path) -> Path:
-    """A video -> a .npy file of its frames, (frames, H, W, 3) uint8 with min(H, W) = short_side.
-
-    It is decoded once: the cache knows a file by its content.
+def decode(file: Path, short_side: int, folder: Path, recipe) -> Path:
+    """A video -> a .npy file of its frames, (frames, H, W, 3) uint8 with min(H, W) = short_side, as
+    many a second as the recipe says. It is decoded once: the cache knows its path, size and time.
     """
     try:
-        key = hashlib.blake2b(file.read_bytes(), digest_size=12).hexdigest()
+        stat = file.stat()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    cached = cache / f"{key}-{short_side}.npy"
-    if not cached.exists():
-        frames = read_frames(file, short_side)
-        if not frames:
+    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {short_side} {recipe.fps}"
+    key += f" {recipe.max_minutes}"
+    cached = folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
+
+    def write(out):
+        frames = read_frames(file, short_side, recipe.fps)
+        first = next(frames, None)
+        if first is None:
             raise ValueError(f"{file}: cannot be decoded, expected a video")
-        frames = np.stack([frame for frame in frames if frame.shape == frames[0].shape])
-        write_whole(cached, lambda out: np.save(out, frames))
+        count = 0
+        # The number of frames is known at the end: numpy leaves room for it in the header.
+        header = dict(descr="|u1", fortran_order=False, shape=(0, *first.shape))
+        np.lib.format.write_array_header_1_0(out, header)
+        for frame in islice(chain([first], frames), round(60 * recipe.max_minutes * recipe.fps)):
+            if frame.shape == first.shape:
+                out.write(frame.tobytes())
+                count += 1
+        out.seek(0)
+        np.lib.format.write_array_header_1_0(out, header | dict(shape=(count, *first.shape)))
+
+    if not cached.exists():
+        write_whole(cached, write)
     return cached
 
 
-def read_frames(file: Path, short_side: int) -> list[np.ndarray]:
-    """The frames of a video, each (H, W, 3) uint8; of a truncated file those that it holds."""
+def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
+    """Yield what is seen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3) uint8;
+    of a truncated file what it holds."""
     av = optional_import("av", "av")
-    frames = []
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
     with contextlib.suppress(av.FFmpegError, IndexError), av.open(str(file)) as container:
-        for frame in container.decode(video=0):
+        stream = container.streams.video[0]
+        rate, origin = float(stream.average_rate or 25), (stream.start_time or 0) * stream.time_base
+        if start:
+            container.seek(int((start + origin) * av.time_base))  # to a key frame before it
+        wanted = start
+        for number, frame in enumerate(container.decode(stream)):
+            time = number / rate if frame.time is None else float(frame.time - origin)
+            if time + 0.5 / rate < wanted:
+                continue
             scale = short_side / min(frame.width, frame.height)
             size = [max(short_side, round(scale * x)) for x in (frame.width, frame.height)]
             pixels = reformatter.reformat(frame, *size, "rgb24").to_ndarray()
             # A phone held upright stores lying frames, and by how many degrees to turn them.
-            frames.append(np.rot90(pixels, round(frame.rotation / 90)))
-    return frames
+            pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+            wanted = max(wanted, time - 1)  # a jump in time is not filled
+            while wanted <= time + 0.5 / rate:
+                yield pixels
+                wanted += 1 / fps
+
+
+def duration(file: Path) -> float:
+    """Seconds, from what its header says; 0 where it says nothing."""
+    av = optional_import("av", "av")
+    with contextlib.suppress(av.FFmpegError, OSError), av.open(str(file)) as container:
+        return (container.duration or 0) / av.time_base
+    return 0.0
 
 
 def download_ucf101_subset(cache: Path) -> Path:
@@ -174,8 +220,7 @@ class VideoClips:
     def __init__(self, classes: list[str], videos: list[Path], labels: Tensor,
                  config: VideoMAEConfig, recipe):
         self.classes, self.videos, self.labels = classes, videos, labels
-        self.size = config.image_hw[0]
-        self.offsets = recipe.frame_stride * np.arange(config.num_frames)  # (T,)
+        self.size, self.num_frames = config.image_hw[0], config.num_frames
         self.views, self.crops = recipe.views, recipe.crops
         self.num_views = recipe.views * recipe.crops
 
@@ -187,20 +232,42 @@ class VideoClips:
         """
         clips = []
         for row, index in enumerate(indices.tolist()):
-            video = np.load(self.videos[index], mmap_mode="r")  # only what is used is read
             if random is None:
-                clip = self.frames(video, (view // self.crops + 0.5) / self.views)
+                clip = self.window(self.videos[index], (view // self.crops + 0.5) / self.views)
                 place = view % self.crops / (self.crops - 1) if self.crops > 1 else 0.5
                 clips.append(square_crop(clip, self.size, place))
             else:
                 *crop, time = random[row].tolist()
-                clips.append(multi_scale_crop(self.frames(video, time), self.size, crop))
+                clip = self.window(self.videos[index], time)
+                clips.append(multi_scale_crop(clip, self.size, crop))
         return torch.stack(clips)
 
-    def frames(self, video: np.ndarray, time: float) -> Tensor:
-        """(all frames, H, W, 3) -> (T, 3, H, W). time is from 0, the first possible start, to 1,
-        the last. A video that is too short holds its last frame."""
-        last = len(video) - 1
-        start = round(time * max(0, last - self.offsets[-1]))
-        frames = video[np.minimum(start + self.offsets, last)]
-        return rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+    def window(self, video: Path, time: float) -> Tensor:
+        """-> (T, 3, H, W). time is from 0, the first possible start, to 1, the last."""
+        frames = np.load(video, mmap_mode="r")  # only what is used is read
+        start = round(time * max(0, len(frames) - self.num_frames))
+        return stack_frames(frames[start : start + self.num_frames], self.num_frames)
+
+
+class LongVideo(VideoClips):
+    """One video to classify, as long as it likes: only its windows are decoded."""
+
+    def __init__(self, file: Path, config: VideoMAEConfig, recipe):
+        super().__init__([""], [file], torch.zeros(1, dtype=torch.int64), config, recipe)
+        self.fps, self.seconds = recipe.fps, duration(file)
+        self.window = cache(self.window)  # its crops share it
+
+    def window(self, video: Path, time: float) -> Tensor:
+        """-> (T, 3, H, W), likewise."""
+        start = time * max(0.0, self.seconds - self.num_frames / self.fps)
+        for second in (start, 0.0):  # a truncated video is shorter than it says
+            frames = read_frames(video, self.size, self.fps, second)
+            if frames := list(islice(frames, self.num_frames)):
+                return stack_frames(frames, self.num_frames)
+        raise ValueError(f"{video}: cannot be decoded, expected a video")
+
+
+def stack_frames(frames, count: int) -> Tensor:
+    """Frames (H, W, 3) -> (count, 3, H, W); the last is held where they are too few."""
+    index = np.minimum(np.arange(count), len(frames) - 1)
+    return rearrange(torch.from_numpy(np.stack(frames)[index]), "t h w c -> t c h w")
