@@ -1,4 +1,5 @@
 """train_tiny.py as a user runs it: repeated, killed, in several processes, on videos, misused."""
+import contextlib
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_tiny
 from tests.helpers import write_video
+from tiny.augment import colour_jitter, flip
 from tiny.evaluate import percent
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
 from train_tiny import Recipe
@@ -243,6 +245,44 @@ def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
     model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/hf/finetuned")
     assert model.config.id2label == {0: "Left", 1: "Zoom In"} and model.config.hidden_size == 48
     assert not (tmp_path / "runs/hf/pretrained").exists()
+
+
+@pytest.mark.parametrize("task", ["pretrain", "classify"])
+def test_every_tensor_is_made_on_the_models_device(task, monkeypatch):
+    """The meta device finds without a GPU what a GPU would: an operation on two devices fails."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(train_tiny, "DEVICE", meta)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no meta
+    recipe = Recipe(optimizer="muon", drop_path=0.5, accumulate=2)
+    config = VideoMAEConfig.preset("tiny", num_labels=8, use_mean_pooling=task == "classify",
+                                   drop_path_rate=0.5, hidden_dropout_prob=0.1)
+
+    def pretrain_loss(model, frames, labels, colours, *mask):
+        return model(normalize(frames), mask).loss
+
+    def classify_loss(model, frames, labels, colours):
+        return model(colour_jitter(flip(normalize(frames), colours[:, 0]), colours), labels).loss
+
+    cls, loss_of, grid = {
+        "pretrain": (VideoMAEForPreTraining, pretrain_loss, config.grid),
+        "classify": (VideoMAEForVideoClassification, classify_loss, None)}[task]
+    model = cls(config).to(meta)
+    batch = train_tiny.Batches(SyntheticClips(8, TINY, 0), torch.arange(8), 4, recipe, grid)[0]
+    scaler = torch.amp.GradScaler("meta", enabled=False)
+    optimizers = train_tiny.make_optimizers(model, recipe, (0.9, 0.95), 0.75)
+    for group in optimizers["adamw"].param_groups:
+        group["fused"] = False  # has no meta
+    loss = train_tiny.backward(model, batch, loss_of, recipe, scaler)
+    train_tiny.update(model, optimizers.values(), scaler, 1e-3, 1.0)
+    assert loss.device == meta
+    pixel_values = torch.empty(2, 8, 3, 32, 32, device=meta)
+    options = dict(output_attentions=True, output_hidden_states=True, head_mask=torch.ones(4))
+    if task == "pretrain":
+        mask = random_mask("tube", 2, config.grid, 0.75)
+        model(pixel_values, mask, **options)
+        model.reconstruct(pixel_values, mask)
+    else:
+        model(pixel_values, **options)
 
 
 def test_learning_rates_by_layer_and_step():
