@@ -7,6 +7,8 @@ help:
 	@echo "make test       set up .venv, then run the tests"
 	@echo "make lint       set up .venv, then run ruff"
 	@echo "make notebooks  set up .venv, then run the notebooks with few steps, into runs/notebooks/"
+	@echo "make gpu        measure on this machine's GPU, FOLDER=real/videos too, into docs/gpu.md"
+	@echo "make hub        try published weights, FOLDER=real/videos, into docs/hub.md (network)"
 	@echo "make clean      remove .venv (runs/ stays)"
 
 train: .venv/ready
@@ -21,6 +23,13 @@ lint: .venv/ready
 notebooks: .venv/ready
 	FAST=1 $(BIN)/jupyter nbconvert --to notebook --execute --output-dir runs/notebooks notebooks/*.ipynb
 
+gpu: .venv/ready
+	$(BIN)/python benchmarks/gpu.py $(if $(FOLDER),--data $(FOLDER))
+
+hub: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hub]"
+	$(BIN)/python benchmarks/hub.py --data $(FOLDER)
+
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv with torch and a few packages; the first time this takes minutes."
 	$(PYTHON) -m venv .venv
@@ -30,4 +39,4 @@ notebooks: .venv/ready
 clean:
 	rm -rf .venv
 
-.PHONY: help train test lint notebooks clean
+.PHONY: help train test lint notebooks gpu hub clean

@@ -6,6 +6,7 @@ errors instead of silence, and the changes that research makes to the file.
 Tests that need transformers or safetensors (the test extra installs both) are skipped where those
 are missing, and say so. Checkpoint files and the image processor have their own tests, in tests/.
 """
+import os
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from videomae import (
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # relative, float32
+DEVICE = os.environ.get("VIDEOMAE_DEVICE", "cpu")  # of the equality tests; `make gpu` says cuda
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def seeded():
 
 def relative_error(ours, theirs):
     """|ours - theirs| / |theirs|, over all numbers of a tensor."""
-    theirs = torch.as_tensor(theirs)
+    ours, theirs = ours.cpu(), torch.as_tensor(theirs).cpu()
     return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
 
 
@@ -104,7 +106,9 @@ def check_same_model(title, ours, theirs, inputs):
         return tensors
 
     ours.load_state_dict(convert(theirs.state_dict()))
-    ours.eval()
+    ours.eval().to(DEVICE)
+    theirs.to(DEVICE)
+    inputs = {name: x if x is None else x.to(DEVICE) for name, x in inputs.items()}
     our_output, their_output = ours(**inputs), theirs(**inputs)
     names = [name for name, x in our_output._asdict().items() if x is not None]
     pairs = {name: (getattr(our_output, name), their_output[name]) for name in names}
@@ -178,9 +182,9 @@ AUTHORS = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6)
 def test_pretraining_equals_the_authors_code():
     golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
     config = VideoMAEConfig(**golden["config"] | AUTHORS | FIRST_TOKEN)
-    model = VideoMAEForPreTraining(config).eval()
+    model = VideoMAEForPreTraining(config).eval().to(DEVICE)
     model.load_state_dict(convert_state_dict(golden["checkpoint"]["model"]))
-    clip, mask = normalize(golden["frames"]), golden["bool_masked_pos"]
+    clip, mask = normalize(golden["frames"]).to(DEVICE), golden["bool_masked_pos"]
     output = model(clip, mask)
     encoded = model.videomae(clip, mask).last_hidden_state
     config.norm_pix_loss = False
@@ -194,9 +198,10 @@ def test_pretraining_equals_the_authors_code():
 
 def test_classifier_equals_the_authors_code():
     golden = torch.load(GOLDEN / "mcg_nju_finetune_tiny.pt", weights_only=True)
-    model = VideoMAEForVideoClassification(VideoMAEConfig(**golden["config"] | AUTHORS)).eval()
+    config = VideoMAEConfig(**golden["config"] | AUTHORS)
+    model = VideoMAEForVideoClassification(config).eval().to(DEVICE)
     model.load_state_dict(convert_state_dict(golden["checkpoint"]["module"]))
-    clip = normalize(golden["frames"])
+    clip = normalize(golden["frames"]).to(DEVICE)
     features = model.fc_norm(model.videomae(clip).last_hidden_state.mean(dim=1))
     check_same("authors, classifier", {
         "features": (features, golden["pooled_features"]),
@@ -214,8 +219,8 @@ KINDS = {
 def test_equals_transformers_4(kind):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     golden = torch.load(GOLDEN / kind / "golden.pt", weights_only=True)
-    inputs = golden["inputs"]
-    model = KINDS[kind].from_pretrained(GOLDEN / kind)
+    inputs = {name: x.to(DEVICE) for name, x in golden["inputs"].items()}
+    model = KINDS[kind].from_pretrained(GOLDEN / kind).to(DEVICE)
     output = model(**inputs, output_hidden_states=True, output_attentions=True)
     headless = model(**inputs, head_mask=golden["head_mask"])
     pairs = {
