@@ -236,8 +236,15 @@ def test_folders_split_by_scene_by_lists_or_as_they_are(tmp_path):
         tested = [("A", f"v_A_g0{g}_c01.avi"), ("B", f"v_B_g0{g}_c01.avi")]
         assert split(tmp_path, number)["test"] == tested
         assert [name for name, _ in split(tmp_path, number)["train"]] == ["A", "B"]
-    with pytest.raises(ValueError, match="--split: .*trainlist03.txt is missing"):
+    with pytest.raises(ValueError, match="--data, --split: .*trainlist03.txt is missing"):
         split(tmp_path, 3)
+
+    (tmp_path / "train.csv").write_text("B/v_B_g02_c01.avi 0\n\nA/v_A_g02_c01.avi 1\n")
+    with pytest.raises(ValueError, match="--data, --split: .*val.csv is missing"):
+        split(tmp_path)
+    (tmp_path / "val.csv").write_text(f"{tmp_path}/A/v 1.avi 1\nB/v_B_g01_c01.avi 0\n")
+    assert split(tmp_path) == {"train": [("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")],
+                               "test": [("A", "v 1.avi"), ("B", "v_B_g01_c01.avi")]}
 
     for held_out in ("val", "test"):
         touch(tmp_path / "own", *(f"train/{name}/1.mp4" for name in "AB"))

@@ -52,26 +52,30 @@ def load_videos(folder: Path, config: VideoMAEConfig, recipe, cache: Path, say):
 def find_videos(folder: Path, split: int) -> list[Video]:
     """The videos of a folder. The first of these layouts counts:
 
-    1. train/Class/* and test/Class/* (or val/Class/*)
-    2. Class/* and ucfTrainTestlist/, UCF101's official lists, of which `split` is followed
+    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them, or UCF101's
+       in ucfTrainTestlist/, of which `split` is followed
+    2. train/Class/* and test/Class/* (or val/Class/*)
     3. Class/*
     """
-    parts = {"train": folder / "train", "test": folder / "test"}
-    if not parts["test"].is_dir():
-        parts["test"] = folder / "val"
-    lists = folder / "ucfTrainTestlist"
-    if all(part.is_dir() for part in parts.values()):
-        return [(file, side) for side, part in parts.items() for file in videos_in(part)]
-    if not lists.is_dir():
+    held_out = "test" if any((folder / f"test{end}").exists() for end in ("", ".csv")) else "val"
+    official = folder / "ucfTrainTestlist"
+    if (folder / "train.csv").is_file():
+        lists = {"train": folder / "train.csv", "test": folder / f"{held_out}.csv"}
+    elif official.is_dir():
+        lists = {side: official / f"{side}list{split:02}.txt" for side in ("train", "test")}
+    elif (folder / "train").is_dir() and (folder / held_out).is_dir():
+        return [(file, side) for side, part in (("train", "train"), ("test", held_out))
+                for file in videos_in(folder / part)]
+    else:
         return [(file, "") for file in videos_in(folder)]
     videos = []
-    for side in parts:
-        path = lists / f"{side}list{split:02}.txt"
+    for side, path in lists.items():
         if not path.is_file():
-            raise ValueError(f"--split: {path} is missing")
-        # A training list has labels too, which are no files. Listed files may not all be there.
-        files = [folder / word for word in path.read_text().split()]
-        videos += [(file, side) for file in files if file.is_file()]
+            raise ValueError(f"--data, --split: {path} is missing")
+        # A line is a path, and perhaps a space and the number of the class.
+        names = [re.sub(r" \d+$", "", line.strip()) for line in path.read_text().splitlines()]
+        files = [folder / name for name in names if name]
+        videos += [(file, side) for file in files if file.parent.is_dir()]  # of the classes here
     return sorted(videos)
 
 
