@@ -27,7 +27,7 @@ References (in this file's repository, every output and gradient is tested again
 3. transformers 5.23, models/videomae, whose class, argument and output names are used here
 
 Both embed patches with a Conv3d whose stride is its kernel. That is a Linear over a patch's pixels,
-so here one `patchify` serves the embedding and the target.
+initialized alike, so here one `patchify` serves the embedding and the target.
 
 From the project videomae-minimal 0.2, MIT License. Copy this file: it needs torch and einops. For
 published weights, copy the project's checkpoints.py too; for their image processor, processor.py.
@@ -207,9 +207,9 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_rat
                 generator: torch.Generator | None = None) -> Tensor:
     """(B, N) bool on the CPU, True = masked: a new mask for each clip, the same count in all.
 
-    kind "tube": int(mask_ratio * H'W') spatial positions, the same at every time step: VideoMAE's.
-    "random" masks int(mask_ratio * N) patches anywhere, "frame" int(mask_ratio * T') whole time
-    steps; the paper compares with both. Source: the authors' masking_generator.py."""
+    kind "tube": int(mask_ratio * H'W') spatial positions at every time step; "random": int(
+    mask_ratio * N) patches anywhere; "frame": int(mask_ratio * T') whole time steps. Source: the
+    authors' masking_generator.py; the paper compares the three."""
     time, space = grid[0], grid[1] * grid[2]
     drawn = {"tube": (1, space), "frame": (time, 1), "random": (time, space)}  # expanded
     check_choice("kind", kind, drawn)
@@ -248,8 +248,7 @@ def split_mask(bool_masked_pos: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor,
     if len(set(counts)) > 1 or counts[0] in (0, shape[1]):
         raise ValueError(f"bool_masked_pos: got {counts} masked patches per clip, expected the "
                          f"same count in each, more than 0 and less than {shape[1]}")
-    parts = ~bool_masked_pos, bool_masked_pos
-    return tuple(part.nonzero()[:, 1].view(shape[0], -1) for part in parts)
+    return tuple(x.nonzero()[:, 1].view(shape[0], -1) for x in (~bool_masked_pos, bool_masked_pos))
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -273,8 +272,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
-        """(B, N, D) -> (B, M, D). `queries`: the tokens whose output is needed (the decoder's last
-        block needs only the masked ones); they attend to all N."""
+        """(B, N, D) -> (B, M, D): what the queried tokens, all by default, gather from all N."""
         qkv = self.qkv(x)  # (B, N, 3 D)
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -408,6 +406,7 @@ class VideoMAEPreTrainedModel(nn.Module):
 # ---- Encoder: what is kept ----------------------------------------------------------------------
 
 class BaseModelOutput(NamedTuple):
+    """What the encoder gives."""
     last_hidden_state: Tensor  # (B, N_vis, D); N_vis = N without a mask
     hidden_states: tuple[Tensor, ...] | None = None  # the embedding, then each block's output
     attentions: tuple[Tensor, ...] | None = None  # each block's weights (B, heads, N_vis, N_vis)
@@ -427,7 +426,6 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
         super().__init__()
         self.config = config
         dim, depth = config.hidden_size, config.num_hidden_layers
-        # nn.Linear's initialization is that of the authors' Conv3d, which this layer equals.
         self.patch_embed = nn.Linear(config.patch_dim, dim)
         self.register_buffer("positions", position_table(config, dim), persistent=False)  # (N, D)
         self.blocks = nn.ModuleList(
@@ -435,8 +433,8 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
                   drop_path=config.drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth)
         ).apply(init_block_weights)
-        has_norm = not config.use_mean_pooling
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm = nn.Identity() if config.use_mean_pooling else norm
 
     def forward(self, pixel_values: Tensor, bool_masked_pos=None, head_mask=None,
                 output_attentions=False, output_hidden_states=False,
@@ -532,6 +530,7 @@ class VideoMAEDecoder(nn.Module):
 
 
 class VideoMAEForPreTrainingOutput(NamedTuple):
+    """What pretraining gives."""
     loss: Tensor  # () mean squared error over the masked patches
     logits: Tensor  # (B, N_mask, P * C) predicted patches, in increasing order of position
     hidden_states: tuple[Tensor, ...] | None = None  # the encoder's, see BaseModelOutput
@@ -616,6 +615,7 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ---- Classifier: the encoder and one linear layer -----------------------------------------------
 
 class ImageClassifierOutput(NamedTuple):
+    """What a classifier gives."""
     loss: Tensor | None  # (), where labels were given
     logits: Tensor  # (B, num_labels)
     hidden_states: tuple[Tensor, ...] | None = None  # the encoder's, see BaseModelOutput
