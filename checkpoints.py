@@ -134,8 +134,8 @@ def read_json(path: Path) -> dict:
     """A JSON file that holds an object."""
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: no JSON object ({error})") from error
 
 
 def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
@@ -304,9 +304,11 @@ def check_fit(title: str, weights: dict[str, Tensor], shapes: dict, strict: bool
         "missing": shapes.keys() - weights.keys() - new,
         "unexpected": weights.keys() - shapes.keys() - unused,
         "of another shape": {f"{name} {tuple(x.shape)} instead of {tuple(shapes[name])}"
-                             for name, x in weights.items() if x.shape != shapes.get(name, x.shape)},
+                             for name, x in weights.items()
+                             if x.shape != shapes.get(name, x.shape)},
     }
-    text = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+    text = "; ".join(f"{what}: {', '.join(sorted(names))}"
+                     for what, names in wrong.items() if names)
     if text and strict:
         raise ValueError(f"{title}: {text}")
     if text:

@@ -92,16 +92,16 @@ def test_processor_refuses_wrong_inputs():
     video = [frame] * 4
     palette = [Image.fromarray(frame).convert("P")] * 4
     cases = [
-        ([], {}, "videos: got list, expected one video or several"),
-        (frame, {}, "videos: got one image"),
+        ([], {}, "videos: got none, expected one or several"),
+        (frame, {}, r"videos: got frames of shape \(50, 3\)"),  # one image
         ([frame == 0] * 4, {}, "videos: got torch.bool"),
         ([frame + 0.5] * 4, {}, "do_rescale: got float frames within"),
         ([frame.astype(int) + 256] * 4, {}, "videos: got torch.int64 from 256 to 256"),
-        ([frame[..., :2]] * 4, {}, r"videos.*: got frames of shape \(40, 50, 2\) .* 1 or 3"),
+        ([frame[..., :2]] * 4, {}, r"videos: got frames of shape \(40, 50, 2\), .* 1 or 3"),
         (video, dict(input_data_format="channels_first"), "videos.*: got frames of shape"),
         ([frame, frame[:30]], {}, "must have the same shape"),  # NumPy's words
         ([video, video[:3]], dict(return_tensors="pt"), "to be equal size"),  # PyTorch's
-        (palette, {}, "videos: got a PIL image of mode P"),
+        (palette, {}, "videos: got PIL images of mode {'P'}"),
         ([frame[..., :1]] * 4, {}, "image_mean: got .* for 1 channels"),
         (video, dict(crop_size=48), "crop_size: got 48 x 48"),
         (video, dict(resample=1), "resample: got 1"),
@@ -112,8 +112,6 @@ def test_processor_refuses_wrong_inputs():
     for videos, options, message in cases:
         with pytest.raises((ValueError, RuntimeError), match=message):
             processor(videos, **options)
-
-
 
 
 def test_a_crop_does_not_depend_on_the_order_of_its_sides():
