@@ -25,8 +25,6 @@ from torch import Tensor, nn
 logger = logging.getLogger("videomae")  # what is left out or made new is said here
 
 
-# ---- Names and shapes ---------------------------------------------------------------------------
-
 NAMES = [  # in a transformers directory, and here; ^ is the start of a name
     ("embeddings.patch_embeddings.projection.", "patch_embed."),
     ("encoder.layer.", "blocks."),
@@ -60,18 +58,15 @@ def rename(name: str, pairs) -> str:
 
 
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights -> the names and shapes of videomae.py's classes; other names as they are.
-
-    Query, key and value become one matrix, as in the authors' files, and a Conv3d (D, C, pt, ph,
-    pw) a Linear (D, pt ph pw C). An encoder's names get "videomae." in front, also of it alone.
-    """
+    """Published weights -> the names here, with "videomae." in front also of an encoder alone.
+    Query, key and value become one matrix, a Conv3d (D, C, pt, ph, pw) a Linear (D, pt ph pw C)."""
     out = {}
-    for name, tensor in state_dict.items():
+    for name, x in state_dict.items():
         name = name.removeprefix("module.").removeprefix("model.")
-        out[rename(name, NAMES + OTHER_NAMES)] = tensor
+        out[rename(name, NAMES + OTHER_NAMES)] = x
     if not any(name.startswith("videomae.") for name in out):
-        out = {name if name.split(".")[0] in HEADS else f"videomae.{name}": tensor
-               for name, tensor in out.items()}
+        out = {name if name.split(".")[0] in HEADS else f"videomae.{name}": x
+               for name, x in out.items()}
     for query in [name for name in out if name.endswith("attn.query.weight")]:
         parts = [query.replace("query", part) for part in ("query", "key", "value")]
         if all(part in out for part in parts):
@@ -93,16 +88,13 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, x in model.state_dict().items():
         if name in ("patch_embed.weight", "videomae.patch_embed.weight"):
             x = rearrange(x, "d (pt ph pw c) -> d c pt ph pw", pt=pt, ph=ps, pw=ps).contiguous()
-        name = rename(name, backwards)
-        if name.endswith("attention.qkv.weight"):
-            parts = [name.replace("qkv", part) for part in ("query", "key", "value")]
-            out |= zip(parts, x.chunk(3), strict=True)
-        else:
-            out[name] = x
+        parts = {name: x}
+        if name.endswith("attn.qkv.weight"):
+            names = [name.replace("qkv", part) for part in ("query", "key", "value")]
+            parts = dict(zip(names, x.chunk(3), strict=True))
+        out |= {rename(part, backwards): matrix for part, matrix in parts.items()}
     return out
 
-
-# ---- Files --------------------------------------------------------------------------------------
 
 def optional_import(module: str, package: str):
     """A module that only some users need."""
@@ -125,8 +117,7 @@ def find(source: str | os.PathLike) -> Path:
         if not any(path.glob("*.safetensors")):
             path = Path(download(str(source), allow_patterns=["*.json", "*.bin"]))
     except Exception as error:
-        raise ValueError(f"source: {source} is not here, and the hub gave "
-                         f"{type(error).__name__}") from error
+        raise ValueError(f"source: {source} is neither here nor on the hub ({error})") from error
     return path
 
 
@@ -142,9 +133,8 @@ def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict 
     """-> the state dict as it was saved, and what config.json says where there is one."""
     path = find(source)
     if path.is_file():
-        config = path.with_name("config.json")  # is not of a .pth, which comes without
-        has_config = config.exists() and path.suffix in (".safetensors", ".bin")
-        return read_weights(path), read_json(config) if has_config else None
+        config = path.with_name("config.json")
+        return read_weights(path), read_json(config) if config.exists() else None
     values = read_json(path / "config.json")
     for whole in (path / "model.safetensors", path / "pytorch_model.bin"):
         index = path / f"{whole.name}.index.json"
@@ -196,8 +186,6 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
         write_whole(Path(directory) / name, lambda file, content=content: file.write(content))
 
 
-# ---- Configs ------------------------------------------------------------------------------------
-
 OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
                 "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
 PUBLISHED_HEADS = {1280: 16, 1408: 16, 640: 8}  # by width; all others have heads 64 wide
@@ -233,10 +221,10 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
     conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
     if conv is None:
         raise ValueError("source: no Conv3d among the weights, expected a published VideoMAE")
-    told = dict(num_channels=conv.shape[1], tubelet_size=conv.shape[2], patch_size=conv.shape[3],
-                qv_bias="videomae.blocks.0.attn.q_bias" in weights,
-                use_mean_pooling="videomae.norm.weight" not in weights,
-                layer_norm_eps=1e-6, head_norm_eps=1e-6)
+    told = dict(zip(("num_channels", "tubelet_size", "patch_size"), conv.shape[1:4], strict=True))
+    told |= dict(qv_bias="videomae.blocks.0.attn.q_bias" in weights,
+                 use_mean_pooling="videomae.norm.weight" not in weights,
+                 layer_norm_eps=1e-6, head_norm_eps=1e-6)
     if "classifier.weight" in weights:
         told["num_labels"] = len(weights["classifier.weight"])
     assumed = dict(num_frames=16, image_size=224)
@@ -256,23 +244,19 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
     """The config of a checkpoint, with fields of the caller's."""
     if names := overrides.get("id2label"):
         overrides = {"num_labels": len(names)} | overrides
-    if values is None:
-        return cls(**infer_config(state_dict, **overrides))
-    published = fields_from_json(cls, values.get("model_config", values))
-    if "model_config" in values:  # the hub's VideoMAE V2
-        published = infer_config(state_dict, **published)
-    old = cls(**published)
-    if overrides.get("num_labels", old.num_labels) != old.num_labels:
-        published["id2label"] = None  # the names are of the old labels
-    config = cls(**published | overrides)
-    if config.grid != old.grid and "position_grid" not in overrides:
-        grid = tuple(old.position_grid or old.grid)
-        raise ValueError(f"position_grid: the grid changes from {old.grid} to {config.grid}, "
+    old = overrides if values is None else fields_from_json(cls, values.get("model_config", values))
+    if values is None or "model_config" in values:  # of VideoMAE V2, which says little
+        old = infer_config(state_dict, **old)
+    published = cls(**old)
+    if overrides.get("num_labels", published.num_labels) != published.num_labels:
+        old["id2label"] = None  # the names are of the old labels
+    config = cls(**old | overrides)
+    if config.grid != published.grid and "position_grid" not in overrides:
+        grid = tuple(published.position_grid or published.grid)
+        raise ValueError(f"position_grid: the grid changes from {published.grid} to {config.grid}, "
                          f"expected {grid} to interpolate the positions, or None for new ones")
     return config
 
-
-# ---- Models -------------------------------------------------------------------------------------
 
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
@@ -287,48 +271,43 @@ def load_model(cls, source, strict: bool, overrides: dict):
     if {"num_labels", "id2label"} & overrides.keys():  # a head of other labels is replaced
         weights = {name: x for name, x in weights.items()
                    if name in fitting or not name.startswith("classifier.")}
-    check_fit(f"{cls.__name__} from {source}", weights, shapes, strict)
+
+    title = f"{cls.__name__} from {source}"
+    ours, theirs = ({name.split(".")[0] for name in names} for names in (shapes, weights))
+    new = (ours - theirs) & {"classifier", "fc_norm"}
+    unused = (theirs - ours) & HEADS
+    if "fc_norm" in ours and "videomae.norm.weight" in weights:
+        unused.add("videomae.norm")  # fc_norm replaces it
+    used = {x for x in weights if not x.startswith(tuple(f"{part}." for part in unused))}
+    wrong = {
+        "missing": {name for name in shapes.keys() - used if name.split(".")[0] not in new},
+        "unexpected": used - shapes.keys(),
+        "of another shape": {f"{name} {tuple(weights[name].shape)} instead of {tuple(shapes[name])}"
+                             for name in used & shapes.keys() - fitting.keys()},
+    }
+    text = "; ".join(f"{what}: {', '.join(sorted(x))}" for what, x in wrong.items() if x)
+    if text and strict:
+        raise ValueError(f"{title}: {text}")
+    if text:
+        logger.warning(f"{title}: {text}")
+    if new:
+        logger.warning(f"{title}: new, to be trained: {', '.join(sorted(new))}")
+    if unused:
+        logger.warning(f"{title}: not used: {', '.join(sorted(unused))}")
     model = cls(config)
     model.load_state_dict(fitting, strict=False)
     return model.eval()
 
 
-def check_fit(title: str, weights: dict[str, Tensor], shapes: dict, strict: bool):
-    """Name each weight that does not fit: in an error if `strict`, else in the log. A new head may
-    be missing. Another model's head is not used, nor is the norm that fc_norm replaces."""
-    ours, theirs = ({name.split(".")[0] for name in names} for names in (shapes, weights))
-    starts = [f"{head}." for head in HEADS - ours] + ["videomae.norm."] * ("fc_norm" in ours)
-    unused = {name for name in weights if name.startswith(tuple(starts))}
-    new = {name for name in shapes if name.split(".")[0] in HEADS - {"decoder"} - theirs}
-    wrong = {
-        "missing": shapes.keys() - weights.keys() - new,
-        "unexpected": weights.keys() - shapes.keys() - unused,
-        "of another shape": {f"{name} {tuple(x.shape)} instead of {tuple(shapes[name])}"
-                             for name, x in weights.items()
-                             if x.shape != shapes.get(name, x.shape)},
-    }
-    text = "; ".join(f"{what}: {', '.join(sorted(names))}"
-                     for what, names in wrong.items() if names)
-    if text and strict:
-        raise ValueError(f"{title}: {text}")
-    if text:
-        logger.warning(f"{title}: {text}")
-    for what, names in (("new, to be trained", new), ("not used", unused)):
-        if names:
-            parts = {re.sub(r"\.(weight|bias|blocks.*)$", "", name) for name in names}
-            logger.warning(f"{title}: {what}: {', '.join(sorted(parts))}")
-
-
 def save_model(model: nn.Module, directory):
     """config.json and model.safetensors, as transformers writes them."""
     save = optional_import("safetensors.torch", "safetensors").save
-    config, default = model.config, type(model.config)()
-    for name in ("position_embedding", "position_grid", "head_norm_eps"):
-        if (value := getattr(config, name)) != getattr(default, name):
-            logger.warning(f"{directory}: transformers does not know {name}={value}, and will "
-                           "compute without")
+    config, default = vars(model.config), vars(type(model.config)())
+    names = ("position_embedding", "position_grid", "head_norm_eps")
+    if lost := {name: config[name] for name in names if config[name] != default[name]}:
+        logger.warning(f"{directory}: transformers does not know, and computes without, {lost}")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    values = config_to_json(config) | {"architectures": [type(model).__name__], "dtype": dtype}
+    values = config_to_json(model.config) | {"architectures": [type(model).__name__], "dtype": dtype}
     weights = {name: x.cpu() for name, x in published_state_dict(model).items()}
     write_new(directory, {"model.safetensors": save(weights, metadata={"format": "pt"}),
                           "config.json": json.dumps(values, indent=2).encode()})
@@ -342,33 +321,30 @@ def main():
     paths = [text for text in sys.argv[1:] if "=" not in text]
     if len(paths) not in (1, 2) or paths[0].startswith("-"):
         sys.exit(__doc__)
+    source, *targets = paths
     pairs = [text.split("=", 1) for text in sys.argv[1:] if "=" in text]
     overrides = {name: json.loads(x) if re.match(r"[\d\[{tfn]", x) else x for name, x in pairs}
-    source, *targets = paths
-
     parts = {name.split(".")[0] for name in convert_state_dict(read_checkpoint(source)[0])}
-    cls = videomae.VideoMAEModel
-    if "decoder" in parts:
-        cls = videomae.VideoMAEForPreTraining
-    elif "classifier" in parts:
-        cls = videomae.VideoMAEForVideoClassification
+    kinds = {"decoder": videomae.VideoMAEForPreTraining,
+             "classifier": videomae.VideoMAEForVideoClassification}
+    cls = next((kinds[head] for head in kinds if head in parts), videomae.VideoMAEModel)
     model = cls.from_pretrained(source, **overrides)
-    values, default = vars(model.config), vars(type(model.config)())
-    print(f"{source}: {cls.__name__}, {sum(x.numel() for x in model.parameters()) / 1e6:.2f} M "
-          "parameters")
-    print({name: x for name, x in values.items() if x != default[name] and name != "extra"})
+
+    millions = sum(x.numel() for x in model.parameters()) / 1e6
+    default = vars(cls.config_class()) | {"extra": model.config.extra}
+    print(f"{source}: {cls.__name__}, {millions:.2f} M parameters")
+    print({name: x for name, x in vars(model.config).items() if x != default[name]})
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
         raise ValueError(f"{source}: not finite: {', '.join(broken)}")
     for target in targets:
-        height, width = model.config.image_hw
+        size = dict(zip(("height", "width"), model.config.image_hw, strict=True))
         processor = VideoMAEImageProcessor(  # as the authors prepare their clips
-            size=min(height, width), crop_size={"height": height, "width": width},
+            size=min(size.values()), crop_size=size,
             image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD)
         if (find(source) / "preprocessor_config.json").exists():
             processor = VideoMAEImageProcessor.from_pretrained(source)
         model.save_pretrained(target)
         processor.save_pretrained(target)
-        print(f"{target}: written")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class VideoMAEImageProcessor:
             frame is a PIL image, or (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, in 8-bit
             numbers or floats (with floats in [0, 1], say do_rescale=False).
         return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of arrays.
-        data_format: "channels_last" gives (..., H, W, C).
-        input_data_format: likewise; needed where either axis could be the channels.
+        data_format, input_data_format: "channels_last" is (..., H, W, C). The latter is needed
+            only where either axis could be the channels.
         overrides: any field of the class, for this call.
         """
         check_choice("return_tensors", return_tensors, ("pt", "np", None))
