@@ -1,6 +1,5 @@
-"""VideoMAEImageProcessor: frames as any decoder gives them -> the pixel_values that published
-checkpoints expect. Arguments and defaults are transformers'; 8-bit frames come out as from Pillow,
-within one level (transformers, image_processing_pil_videomae.py). Copy checkpoints.py too.
+"""Frames as any decoder gives them -> the pixel_values that published checkpoints expect: within
+one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py beside it.
 """
 import json
 from dataclasses import dataclass, field, replace
@@ -23,17 +22,14 @@ class BatchFeature(dict):
 
     pixel_values = property(lambda self: self["pixel_values"])
 
-    def to(self, *args, **kwargs) -> "BatchFeature":
+    def to(self, *args, **kwargs):
         return BatchFeature(pixel_values=self.pixel_values.to(*args, **kwargs))
 
 
 @dataclass
 class VideoMAEImageProcessor:
-    """Resize, crop the centre, scale to [0, 1], normalize.
-
-    The default mean and std, 0.5, are the published class's. The published *checkpoints*, and the
-    pretraining target, use `image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD`.
-    """
+    """Resize, crop the centre, scale to [0, 1], normalize. The published *checkpoints*, and the
+    pretraining target, use `image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD`."""
 
     do_resize: bool = True
     size: int | dict = 224  # the short side, {"shortest_edge": 224} or {"height": .., "width": ..}
@@ -56,66 +52,57 @@ class VideoMAEImageProcessor:
         check_choice("size", set(self.size), ({"shortest_edge"}, {"height", "width"}))
         check_choice("crop_size", set(self.crop_size), ({"height", "width"},))
 
-    def __call__(self, videos, return_tensors=None, data_format="channels_first",
-                 input_data_format=None, **overrides) -> BatchFeature:
+    def __call__(self, videos, return_tensors=None, input_data_format=None, **overrides):
         """One video or a batch of them -> {"pixel_values": float32}, as many frames as came in.
 
         videos: a list of T frames, an array or tensor of 4 axes, or a list of such, or 5 axes. A
             frame is a PIL image, or (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, in 8-bit
             numbers or floats (with floats in [0, 1], say do_rescale=False).
         return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of arrays.
-        data_format, input_data_format: "channels_last" is (..., H, W, C). The latter is needed
-            only where either axis could be the channels.
+        input_data_format: "channels_first" or "channels_last", where either could be right.
         overrides: any field of the class, for this call.
         """
         check_choice("return_tensors", return_tensors, ("pt", "np", None))
-        check_choice("data_format", data_format, ("channels_first", "channels_last"))
-        if len(videos) == 0:
-            raise ValueError("videos: got none, expected one or several")
-        if hasattr(videos[0], "getbands") or getattr(videos[0], "ndim", 4) < 4:  # one video
+        first = videos[0] if len(videos) else 0  # a frame: PIL's, an array or a tensor
+        if not isinstance(first, list) and np.ndim(first) < 4:
             videos = [videos]
         processor = replace(self, **overrides)
         clips = [processor.process(stack_frames(x, input_data_format)) for x in videos]
-        if data_format == "channels_last":
-            clips = [rearrange(clip, "t c h w -> t h w c") for clip in clips]
         if return_tensors is None:
             return BatchFeature(pixel_values=[clip.numpy() for clip in clips])
-        batch = torch.stack(clips)
+        batch = torch.stack(clips)  # (B, T, C, H', W')
         return BatchFeature(pixel_values=batch if return_tensors == "pt" else batch.numpy())
 
     def process(self, frames: Tensor) -> Tensor:
         """(T, C, H, W) uint8 or float -> (T, C, H', W') float32."""
         if self.do_rescale and frames.is_floating_point() and 0 < frames.max() <= 1:
-            raise ValueError("do_rescale: got float frames within [0, 1], expected "
-                             "do_rescale=False, or values from 0 to 255")
+            raise ValueError("do_rescale: got floats within [0, 1], expected do_rescale=False")
         if self.do_resize:
             frames = resize(frames, **self.size, resample=self.resample)
         if self.do_center_crop:
             height, width = self.crop_size["height"], self.crop_size["width"]  # in a file's order
             top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
             if min(top, left) < 0:
-                raise ValueError(f"crop_size: got {height} x {width} for frames of shape "
-                                 f"{tuple(frames.shape)}, expected one that fits")
+                raise ValueError(f"crop_size: got {self.crop_size} for {tuple(frames.shape)}")
             frames = frames[..., top : top + height, left : left + width]
         if self.do_rescale:
             frames = frames.contiguous().float() * self.rescale_factor
         if self.do_normalize:
             mean, std = torch.tensor([self.image_mean, self.image_std])[..., None, None]
             if len(mean) != frames.shape[1]:
-                raise ValueError(f"image_mean: got {self.image_mean} for {frames.shape[1]} "
-                                 "channels, expected one number for each")
+                raise ValueError(f"image_mean: got {self.image_mean}, expected one per channel")
             frames = (frames - mean) / std
         return frames
 
     @classmethod
-    def from_pretrained(cls, source, **overrides) -> "VideoMAEImageProcessor":
+    def from_pretrained(cls, source, **overrides):
         """Read a file of transformers' from a directory or a hub id, "MCG-NJU/videomae-base"."""
         return cls(**fields_from_json(cls, read_json(find(source) / FILE)) | overrides)
 
     def save_pretrained(self, directory):
         """Write such a file. Overwrites nothing."""
-        values = {"image_processor_type": type(self).__name__, **self.extra, **vars(self)}
-        del values["extra"]
+        values = vars(self) | {"image_processor_type": type(self).__name__}
+        values = values.pop("extra") | values
         write_new(directory, {FILE: json.dumps(values, indent=2).encode()})
 
 
@@ -137,8 +124,7 @@ def stack_frames(video, input_data_format: str | None) -> Tensor:
     if video.is_floating_point():
         return video.float()
     if video.dtype == torch.bool or video.min() < 0 or video.max() > 255:
-        raise ValueError(f"videos: got {video.dtype} from {video.min()} to {video.max()}, "
-                         "expected numbers from 0 to 255 or floats")
+        raise ValueError(f"videos: got {video.dtype} up to {video.max()}, expected 0 to 255")
     return video.to(torch.uint8)
 
 
@@ -154,9 +140,9 @@ def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2
     is_like_pillow = resample == 2 and abs(height * w / (width * h) - 1) < 0.1
     if is_like_pillow or frames.is_floating_point():
         frames = frames.contiguous(memory_format=torch.channels_last)
-        return F.interpolate(frames, (height, width), mode=RESAMPLE[resample],
-                             antialias=resample != 0)
+        mode, antialias = RESAMPLE[resample], resample != 0
+        return F.interpolate(frames, (height, width), mode=mode, antialias=antialias)
     Image = optional_import("PIL.Image", "pillow")
-    images = [Image.fromarray(channel.numpy()) for channel in frames.flatten(0, 1)]
-    resized = [np.array(image.resize((width, height), resample)) for image in images]
-    return torch.from_numpy(np.stack(resized)).view(*frames.shape[:2], height, width)
+    images = [Image.fromarray(x.numpy()) for x in frames.flatten(0, 1)]
+    images = [np.array(x.resize((width, height), resample)) for x in images]
+    return torch.from_numpy(np.stack(images)).view(*frames.shape[:2], height, width)
