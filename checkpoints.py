@@ -141,7 +141,7 @@ def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict 
         if whole.exists():
             return read_weights(whole), values
         if index.exists():
-            parts = {path / name for name in read_json(index)["weight_map"].values()}
+            parts = {path / name for name in read_json(index).get("weight_map", {}).values()}
             return {name: x for part in parts for name, x in read_weights(part).items()}, values
     raise ValueError(f"source: no model.safetensors and no pytorch_model.bin in {path}")
 
@@ -161,8 +161,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise
     except Exception as error:  # not chained: torch's text proposes to execute the file
-        raise ValueError(f"{path}: damaged, or not only weights, and nothing else is read "
-                         f"({type(error).__name__})") from None
+        reason = type(error).__name__
+        raise ValueError(f"{path}: damaged, or holds more than weights ({reason})") from None
 
 
 def write_whole(path: Path, write):
@@ -245,7 +245,7 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
     if names := overrides.get("id2label"):
         overrides = {"num_labels": len(names)} | overrides
     old = overrides if values is None else fields_from_json(cls, values.get("model_config", values))
-    if values is None or "model_config" in values:  # of VideoMAE V2, which says little
+    if values is None or "model_config" in values:  # VideoMAE V2's, which says little
         old = infer_config(state_dict, **old)
     published = cls(**old)
     if overrides.get("num_labels", published.num_labels) != published.num_labels:
@@ -303,11 +303,12 @@ def save_model(model: nn.Module, directory):
     """config.json and model.safetensors, as transformers writes them."""
     save = optional_import("safetensors.torch", "safetensors").save
     config, default = vars(model.config), vars(type(model.config)())
-    names = ("position_embedding", "position_grid", "head_norm_eps")
-    if lost := {name: config[name] for name in names if config[name] != default[name]}:
-        logger.warning(f"{directory}: transformers does not know, and computes without, {lost}")
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    values = config_to_json(model.config) | {"architectures": [type(model).__name__], "dtype": dtype}
+    for name in ("position_embedding", "position_grid", "head_norm_eps"):
+        if config[name] != default[name]:
+            logger.warning(f"{directory}: transformers does not know {name}={config[name]}")
+    values = config_to_json(model.config)
+    values["architectures"] = [type(model).__name__]
+    values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights = {name: x.cpu() for name, x in published_state_dict(model).items()}
     write_new(directory, {"model.safetensors": save(weights, metadata={"format": "pt"}),
                           "config.json": json.dumps(values, indent=2).encode()})
