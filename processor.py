@@ -1,6 +1,5 @@
 """Frames as any decoder gives them -> the pixel_values that published checkpoints expect: within
-one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py beside it.
-"""
+one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py."""
 import json
 from dataclasses import dataclass, field, replace
 
@@ -58,32 +57,31 @@ class VideoMAEImageProcessor:
         videos: a list of T frames, an array or tensor of 4 axes, or a list of such, or 5 axes. A
             frame is a PIL image, or (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, in 8-bit
             numbers or floats (with floats in [0, 1], say do_rescale=False).
-        return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of arrays.
+        return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of tensors.
         input_data_format: "channels_first" or "channels_last", where either could be right.
         overrides: any field of the class, for this call.
         """
-        check_choice("return_tensors", return_tensors, ("pt", "np", None))
-        first = videos[0] if len(videos) else 0  # a frame: PIL's, an array or a tensor
-        if not isinstance(first, list) and np.ndim(first) < 4:
+        stack = {"pt": torch.stack, "np": np.stack, None: list}
+        check_choice("return_tensors", return_tensors, stack)
+        first = videos[0] if len(videos) else 0
+        if not isinstance(first, list) and np.ndim(first) < 4:  # a frame
             videos = [videos]
         processor = replace(self, **overrides)
         clips = [processor.process(stack_frames(x, input_data_format)) for x in videos]
-        if return_tensors is None:
-            return BatchFeature(pixel_values=[clip.numpy() for clip in clips])
-        batch = torch.stack(clips)  # (B, T, C, H', W')
-        return BatchFeature(pixel_values=batch if return_tensors == "pt" else batch.numpy())
+        return BatchFeature(pixel_values=stack[return_tensors](clips))
 
     def process(self, frames: Tensor) -> Tensor:
         """(T, C, H, W) uint8 or float -> (T, C, H', W') float32."""
         if self.do_rescale and frames.is_floating_point() and 0 < frames.max() <= 1:
-            raise ValueError("do_rescale: got floats within [0, 1], expected do_rescale=False")
+            raise ValueError("do_rescale: got floats within [0, 1], expected False")
         if self.do_resize:
             frames = resize(frames, **self.size, resample=self.resample)
         if self.do_center_crop:
-            height, width = self.crop_size["height"], self.crop_size["width"]  # in a file's order
-            top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+            h, w = frames.shape[-2:]
+            height, width = self.crop_size["height"], self.crop_size["width"]
+            top, left = (h - height) // 2, (w - width) // 2
             if min(top, left) < 0:
-                raise ValueError(f"crop_size: got {self.crop_size} for {tuple(frames.shape)}")
+                raise ValueError(f"crop_size: got {self.crop_size}, expected within {h} x {w}")
             frames = frames[..., top : top + height, left : left + width]
         if self.do_rescale:
             frames = frames.contiguous().float() * self.rescale_factor
@@ -121,11 +119,10 @@ def stack_frames(video, input_data_format: str | None) -> Tensor:
                          "channels, first or last, or input_data_format where it could be either")
     if possible == ["channels_last"]:
         video = rearrange(video, "t h w c -> t c h w")
-    if video.is_floating_point():
-        return video.float()
-    if video.dtype == torch.bool or video.min() < 0 or video.max() > 255:
+    is_float = video.is_floating_point()
+    if not is_float and (video.dtype == torch.bool or video.min() < 0 or video.max() > 255):
         raise ValueError(f"videos: got {video.dtype} up to {video.max()}, expected 0 to 255")
-    return video.to(torch.uint8)
+    return video.float() if is_float else video.to(torch.uint8)
 
 
 def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2) -> Tensor:
