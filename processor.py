@@ -119,10 +119,10 @@ def stack_frames(video, input_data_format: str | None) -> Tensor:
                          "channels, first or last, or input_data_format where it could be either")
     if possible == ["channels_last"]:
         video = rearrange(video, "t h w c -> t c h w")
-    is_float = video.is_floating_point()
-    if not is_float and (video.dtype == torch.bool or video.min() < 0 or video.max() > 255):
+    is_fine = video.is_floating_point() or video.dtype == torch.uint8
+    if not is_fine and (video.dtype == torch.bool or video.min() < 0 or video.max() > 255):
         raise ValueError(f"videos: got {video.dtype} up to {video.max()}, expected 0 to 255")
-    return video.float() if is_float else video.to(torch.uint8)
+    return video.float() if video.is_floating_point() else video.to(torch.uint8)
 
 
 def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2) -> Tensor:
