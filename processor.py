@@ -40,7 +40,7 @@ class VideoMAEImageProcessor:
     do_normalize: bool = True
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # one number per channel
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    extra: dict = field(default_factory=dict)  # what else a preprocessor_config.json says
+    extra: dict = field(default_factory=dict)  # what else a file says
 
     def __post_init__(self):
         if isinstance(self.size, int):
@@ -116,7 +116,7 @@ def stack_frames(video, input_data_format: str | None) -> Tensor:
                 if video.shape[axis] in (1, 3) and input_data_format in (None, name)]
     if video.ndim != 4 or len(possible) != 1:
         raise ValueError(f"videos: got frames of shape {tuple(video.shape[1:])}, expected 1 or 3 "
-                         "channels, first or last, or input_data_format where it could be either")
+                         "channels, first or last, or input_data_format if it is either")
     if possible == ["channels_last"]:
         video = rearrange(video, "t h w c -> t c h w")
     is_fine = video.is_floating_point() or video.dtype == torch.uint8
