@@ -53,8 +53,10 @@ def test_processor_takes_every_kind_of_video():
         [Image.fromarray(frame) for frame in last],
     ):
         assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
-    output = processor(last, return_tensors="np", data_format="channels_last")
-    assert np.array_equal(output.pixel_values.transpose(0, 1, 4, 2, 3), expected.numpy())
+    output = processor(last, return_tensors="np").pixel_values
+    assert isinstance(output, np.ndarray) and np.array_equal(output, expected.numpy())
+    half = processor(last, return_tensors="pt").to(torch.float16).pixel_values
+    assert torch.equal(half, expected.half())
 
     small = rng.integers(0, 256, (4, 33, 60, 3), dtype=np.uint8)
     batch = processor([list(last), list(small)], return_tensors="pt").pixel_values
@@ -92,28 +94,26 @@ def test_processor_refuses_wrong_inputs():
     video = [frame] * 4
     palette = [Image.fromarray(frame).convert("P")] * 4
     cases = [
-        ([], {}, "videos: got list, expected one video or several"),
-        (frame, {}, "videos: got one image"),
+        ([], {}, "need at least one array"),
+        (frame, {}, r"videos: got frames of shape \(50, 3\)"),  # one image
         ([frame == 0] * 4, {}, "videos: got torch.bool"),
-        ([frame + 0.5] * 4, {}, "do_rescale: got float frames within"),
-        ([frame.astype(int) + 256] * 4, {}, "videos: got torch.int64 from 256 to 256"),
-        ([frame[..., :2]] * 4, {}, r"videos.*: got frames of shape \(40, 50, 2\) .* 1 or 3"),
+        ([frame + 0.5] * 4, {}, "do_rescale: got floats within"),
+        ([frame.astype(int) + 256] * 4, {}, "videos: got torch.int64 up to 256"),
+        ([frame[..., :2]] * 4, {}, r"videos: got frames of shape \(40, 50, 2\), .* 1 or 3"),
         (video, dict(input_data_format="channels_first"), "videos.*: got frames of shape"),
         ([frame, frame[:30]], {}, "must have the same shape"),  # NumPy's words
         ([video, video[:3]], dict(return_tensors="pt"), "to be equal size"),  # PyTorch's
-        (palette, {}, "videos: got a PIL image of mode P"),
-        ([frame[..., :1]] * 4, {}, "image_mean: got .* for 1 channels"),
-        (video, dict(crop_size=48), "crop_size: got 48 x 48"),
+        (palette, {}, "videos: got PIL images of mode {'P'}"),
+        ([frame[..., :1]] * 4, {}, "image_mean: got .* per channel"),
+        (video, dict(crop_size=48), "crop_size: got .* 48}, expected within 32 x 40"),
         (video, dict(resample=1), "resample: got 1"),
         (video, dict(size={"longest_edge": 3}), "size: got"),
         (video, dict(return_tensors="tf"), "return_tensors: got 'tf'"),
-        (video, dict(data_format="NCHW"), "data_format: got 'NCHW'"),
+        (video, dict(data_format="channels_last"), "keyword argument 'data_format'"),
     ]
     for videos, options, message in cases:
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             processor(videos, **options)
-
-
 
 
 def test_a_crop_does_not_depend_on_the_order_of_its_sides():
