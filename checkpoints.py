@@ -17,6 +17,8 @@ import zipfile
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import torch
 from einops import rearrange
@@ -194,14 +196,32 @@ PUBLISHED_HEADS = {1280: 16, 1408: 16, 640: 8}  # by width; all others have head
 def fields_from_json(cls, values: dict) -> dict:
     """A JSON file of any transformers -> fields of dataclass `cls`, unknown ones as "extra"."""
     if values.get("model_type", "videomae") != "videomae":
-        raise ValueError(f"config.json: model_type {values['model_type']!r}, expected 'videomae'")
+        raise ValueError(f"model_type: got {values['model_type']!r}, expected 'videomae'")
     values = {OTHER_FIELDS.get(name, name): x for name, x in values.items()}
-    if names := values.get("id2label"):
+    if isinstance(names := values.get("id2label"), dict) and names:
         values["id2label"] = {int(i): label for i, label in names.items()}
         values.setdefault("num_labels", len(names))
-    known = {f.name for f in fields(cls)} & values.keys()
-    extra = {name: x for name, x in values.items() if name not in known}
-    return {name: values[name] for name in known} | {"extra": extra}
+    kinds = {f.name: f.type for f in fields(cls) if f.name in values}
+    for name, kind in kinds.items():
+        if not fits(values[name], kind):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name}: got {values[name]!r}, expected {kind}, of a usual size")
+    extra = {name: x for name, x in values.items() if name not in kinds}
+    return {name: values[name] for name in kinds} | {"extra": extra}
+
+
+def fits(value, kind) -> bool:
+    """Whether a value from a JSON file is of a field's kind; an absurd number is of none."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        return isinstance(value, list | tuple) and all(fits(x, inner[0]) for x in value) and (
+            inner[-1] is Ellipsis or len(value) == len(inner))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and (
+            not isinstance(value, bool) and abs(value) < 100_000)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def config_to_json(config) -> dict:
@@ -261,10 +281,18 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
     state_dict, values = read_checkpoint(source)
-    config = make_config(cls.config_class, state_dict, values, overrides)
     weights = convert_state_dict(state_dict)
-    with torch.device("meta"):  # shapes only: a damaged config allocates nothing
-        shapes = {name: x.shape for name, x in cls(config).state_dict().items()}
+    try:
+        config = make_config(cls.config_class, state_dict, values, overrides)
+        if max(config.num_hidden_layers, config.decoder_num_hidden_layers) > 1000:
+            raise ValueError("num_hidden_layers: got over 1,000")
+        with torch.device("meta"):  # shapes only: a damaged config allocates nothing
+            model = cls(config)
+        if any(x.numel() > 2**31 for x in model.buffers()):
+            raise ValueError(f"num_frames, image_size: got {config.num_patches} patches")
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: its config, or an argument: {error}") from error
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
     if not any(name.startswith("videomae.") for name in shapes):  # the encoder alone
         weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
     fitting = {name: x for name, x in weights.items() if shapes.get(name) == x.shape}

@@ -1,5 +1,6 @@
 """Frames as any decoder gives them -> the pixel_values that published checkpoints expect: within
-one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py."""
+one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
+"""
 import json
 from dataclasses import dataclass, field, replace
 
@@ -50,24 +51,34 @@ class VideoMAEImageProcessor:
         check_choice("resample", self.resample, RESAMPLE)
         check_choice("size", set(self.size), ({"shortest_edge"}, {"height", "width"}))
         check_choice("crop_size", set(self.crop_size), ({"height", "width"},))
+        for side in (*self.size.values(), *self.crop_size.values()):
+            if type(side) is not int or not 0 < side < 10_000:
+                raise ValueError(f"size, crop_size: got {side!r}, expected pixels")
+        if len(self.image_mean) != len(self.image_std) or 0 in self.image_std:
+            raise ValueError(f"image_std: got {self.image_std} for a mean {self.image_mean}")
 
-    def __call__(self, videos, return_tensors=None, input_data_format=None, **overrides):
+    def __call__(self, videos, return_tensors=None, data_format="channels_first",
+                 input_data_format=None, **overrides):
         """One video or a batch of them -> {"pixel_values": float32}, as many frames as came in.
 
         videos: a list of T frames, an array or tensor of 4 axes, or a list of such, or 5 axes. A
             frame is a PIL image, or (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, in 8-bit
             numbers or floats (with floats in [0, 1], say do_rescale=False).
         return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of tensors.
-        input_data_format: "channels_first" or "channels_last", where either could be right.
+        data_format: "channels_last" gives (..., H, W, C).
+        input_data_format: likewise, of the frames, where either could be right.
         overrides: any field of the class, for this call.
         """
         stack = {"pt": torch.stack, "np": np.stack, None: list}
         check_choice("return_tensors", return_tensors, stack)
+        check_choice("data_format", data_format, ("channels_first", "channels_last"))
         first = videos[0] if len(videos) else 0
         if not isinstance(first, list) and np.ndim(first) < 4:  # a frame
             videos = [videos]
         processor = replace(self, **overrides)
         clips = [processor.process(stack_frames(x, input_data_format)) for x in videos]
+        if data_format == "channels_last":
+            clips = [rearrange(clip, "t c h w -> t h w c") for clip in clips]
         return BatchFeature(pixel_values=stack[return_tensors](clips))
 
     def process(self, frames: Tensor) -> Tensor:
@@ -95,7 +106,12 @@ class VideoMAEImageProcessor:
     @classmethod
     def from_pretrained(cls, source, **overrides):
         """Read a file of transformers' from a directory or a hub id, "MCG-NJU/videomae-base"."""
-        return cls(**fields_from_json(cls, read_json(find(source) / FILE)) | overrides)
+        path = find(source) / FILE
+        values = read_json(path)
+        try:
+            return cls(**fields_from_json(cls, values) | overrides)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, directory):
         """Write such a file. Overwrites nothing."""

@@ -437,7 +437,7 @@ def test_directories_that_lack_something_are_refused(tmp_path):
     for text, message in (
         ("{", "config.json: no JSON object"),
         ("[1]", "config.json: no JSON object .*'list'"),
-        ('{"model_type": "vit"}', "config.json: model_type 'vit', expected 'videomae'"),
+        ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
     ):
         config.write_text(text)
         with pytest.raises(ValueError, match=message):

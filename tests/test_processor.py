@@ -55,6 +55,8 @@ def test_processor_takes_every_kind_of_video():
         assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
     output = processor(last, return_tensors="np").pixel_values
     assert isinstance(output, np.ndarray) and np.array_equal(output, expected.numpy())
+    output = processor(last, return_tensors="np", data_format="channels_last").pixel_values
+    assert np.array_equal(output.transpose(0, 1, 4, 2, 3), expected.numpy())
     half = processor(last, return_tensors="pt").to(torch.float16).pixel_values
     assert torch.equal(half, expected.half())
 
@@ -109,7 +111,7 @@ def test_processor_refuses_wrong_inputs():
         (video, dict(resample=1), "resample: got 1"),
         (video, dict(size={"longest_edge": 3}), "size: got"),
         (video, dict(return_tensors="tf"), "return_tensors: got 'tf'"),
-        (video, dict(data_format="channels_last"), "keyword argument 'data_format'"),
+        (video, dict(data_format="NCHW"), "data_format: got 'NCHW'"),
     ]
     for videos, options, message in cases:
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):

@@ -1,4 +1,4 @@
-"""Synthetic clips: a texture that moves as a whole, and the label is its motion.
+"""Synthetic clips: a camera pans, tilts, rolls or zooms over a drawn scene; which, is the label.
 
 The middle frame is the same whatever the label. Towards the ends, a zoom makes a frame finer or
 coarser than most, which tells the two zooms apart and no more.
@@ -13,10 +13,10 @@ from videomae import VideoMAEConfig
 
 # Opposites stand side by side: reversed in time, motion i becomes motion i ^ 1.
 MOTIONS = (
-    "left", "right", "up", "down",
-    "clockwise", "counter-clockwise", "zoom in", "zoom out",
+    "pan right", "pan left", "tilt down", "tilt up",
+    "roll left", "roll right", "zoom in", "zoom out",
 )
-# Held-out clips have textures of their own, the same for every seed of a run.
+# Held-out clips have scenes of their own, the same for every seed of a run.
 HELD_OUT_SEEDS = {"test": 1_000_001, "val": 1_000_002}
 
 
@@ -28,11 +28,10 @@ class SyntheticClips:
     def __init__(self, count: int, config: VideoMAEConfig, seed: int):
         frames, size = config.num_frames, config.image_hw[0]
         generator = torch.Generator().manual_seed(seed)
-        textures = make_textures(512, 2 * size, generator)
+        scenes = torch.cat([draw_scenes(64, 2 * size, generator) for _ in range(8)])
         self.labels = torch.randint(len(MOTIONS), (count,), generator=generator)  # (count,)
         self.clips = torch.cat([  # (count, T, 3, H, W) uint8
-            move_textures(textures, chunk, frames, size, generator)
-            for chunk in self.labels.split(250)
+            film(scenes, chunk, frames, size, generator) for chunk in self.labels.split(250)
         ])
 
     def load(self, indices: Tensor, random: Tensor | None = None, view: int = 0) -> Tensor:
@@ -45,32 +44,126 @@ def uniform(low: float, high: float, shape, generator: torch.Generator) -> Tenso
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def make_textures(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """(count, 3, size, size) float32, mean 0, std 1: noise that tiles the plane.
+class Painter:
+    """Paints the same things into `count` pictures, each with random numbers of its own.
 
-    Its amplitude is 1 / frequency^alpha, with an alpha of each texture's own; larger is smoother.
+    x goes from 0, left, to 1, right, and on from the other side; y from 0, top, to 1. A distance
+    (count, size, size) is negative inside a shape.
     """
-    alpha = uniform(2.5, 3.0, (count, 1, 1, 1), generator)
-    frequency = torch.fft.fftfreq(size)
-    radius = torch.hypot(frequency[:, None], frequency)
-    radius[0, 0] = math.inf  # so that the mean is 0
-    noise = torch.randn(count, 3, size, size, generator=generator)
-    textures = torch.fft.ifft2(torch.fft.fft2(noise) * radius**-alpha).real
-    return textures / textures.std(dim=(2, 3), keepdim=True)
+
+    def __init__(self, count: int, size: int, generator: torch.Generator):
+        self.count, self.size, self.generator = count, size, generator
+        self.x = torch.linspace(0, 1, size)
+        self.y = self.x[:, None]
+        self.pictures = torch.zeros(count, 3, size, size)
+
+    def pick(self, low: float, high: float) -> Tensor:
+        """(count, 1, 1), a number for each picture."""
+        return uniform(low, high, (self.count, 1, 1), self.generator)
+
+    def colour(self, red: tuple, green: tuple, blue: tuple) -> Tensor:
+        """(count, 3, 1, 1), from the ranges of three channels."""
+        return torch.stack([self.pick(*red), self.pick(*green), self.pick(*blue)], dim=1)
+
+    def paint(self, distance: Tensor, colour: Tensor):
+        """With an edge one pixel wide."""
+        share = (0.5 - distance * self.size).clamp(0, 1)[:, None]
+        self.pictures += share * (colour - self.pictures)
+
+    def across(self, x) -> Tensor:
+        """How far to the right of x, from -0.5 to 0.5."""
+        return (self.x - x + 0.5) % 1 - 0.5
+
+    def ellipse(self, x, y, width, height) -> Tensor:
+        """The distance from an ellipse, half of whose sides are given."""
+        radius = torch.hypot(self.across(x) / width, (self.y - y) / height)
+        return (radius - 1) * height
+
+    def box(self, x, y, width, height) -> Tensor:
+        """The distance from a box, likewise."""
+        return torch.maximum(self.across(x).abs() - width, (self.y - y).abs() - height)
 
 
-def move_textures(textures: Tensor, labels: Tensor, frames: int, size: int,
-                  generator: torch.Generator) -> Tensor:
-    """One clip per label: a random texture, randomly coloured, that moves as labelled.
+ANY, DARK, BRIGHT = (0.1, 1.0), (0.05, 0.3), (0.9, 1.0)
 
-    textures (count, 3, 2 size, 2 size), labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
+
+def draw_scenes(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, size, size) in [0, 1]: painted from the sky to what is near."""
+    p = Painter(count, size, generator)
+    p.pictures += p.colour((0.3, 0.7), (0.5, 0.85), (0.75, 1.0)) * (1 - 0.35 * p.y)
+    radius = p.pick(0.03, 0.06)
+    p.paint(p.ellipse(p.pick(0, 1), p.pick(0.08, 0.2), radius, radius),
+            p.colour(BRIGHT, (0.8, 0.95), (0.3, 0.6)))
+    for _ in range(5):
+        draw_cloud(p, p.pick(0, 1), p.pick(0.04, 0.35), p.pick(0.02, 0.05))
+    for level in (0.45, 0.55):
+        hill = level + 0.04 * torch.sin(2 * math.pi * (p.pick(2, 5).floor() * p.x + p.pick(0, 1)))
+        p.paint(hill - p.y, p.colour((0.1, 0.5), (0.35, 0.7), (0.1, 0.4)))
+    for row in range(16):
+        near = row / 16
+        x, y, height = p.pick(0, 1), 0.57 + 0.4 * near + p.pick(-0.02, 0.02), 0.1 + 0.12 * near
+        draw = (draw_tree, draw_house)[row % 2]
+        draw(p, x, y, height)
+        for _ in range(3):
+            radius = p.pick(0.008, 0.018)
+            flower = p.ellipse(p.pick(0, 1), y + p.pick(-0.02, 0.03), radius, radius)
+            p.paint(flower, p.colour(ANY, ANY, ANY))
+    draw_person(p, p.pick(0, 1), p.pick(0.8, 0.93), p.pick(0.2, 0.28))
+    return p.pictures
+
+
+def draw_cloud(p: Painter, x, y, radius):
+    """Three ellipses."""
+    white = p.colour(BRIGHT, BRIGHT, BRIGHT)
+    for side in (-1, 0, 1):
+        height = radius * (1 - 0.3 * abs(side))
+        p.paint(p.ellipse(x + 1.2 * side * radius, y, 1.2 * radius, height), white)
+
+
+def draw_tree(p: Painter, x, y, height):
+    """y is where it stands."""
+    p.paint(p.box(x, y - 0.3 * height, 0.1 * height, 0.3 * height), p.colour(DARK, DARK, DARK))
+    leaves = p.colour((0.0, 0.6), (0.3, 0.7), (0.0, 0.3))
+    p.paint(p.ellipse(x, y - height, 0.38 * height, 0.5 * height), leaves)
+
+
+def draw_house(p: Painter, x, y, height):
+    """A wall, a roof, two windows."""
+    wall = p.box(x, y - 0.35 * height, 0.45 * height, 0.35 * height)
+    p.paint(wall, p.colour((0.5, 1.0), (0.3, 0.9), (0.2, 0.8)))
+    slope = p.across(x).abs() - 1.2 * (p.y - y + 1.15 * height)
+    p.paint(torch.maximum(slope, p.y - y + 0.68 * height), p.colour((0.4, 0.8), DARK, DARK))
+    glass = p.colour(DARK, DARK, DARK)
+    for side in (-0.22, 0.22):
+        window = p.box(x + side * height, y - 0.42 * height, 0.09 * height, 0.11 * height)
+        p.paint(window, glass)
+
+
+def draw_person(p: Painter, x, y, height):
+    """Legs, arms, a shirt, a head."""
+    skin, shirt, trousers = (p.colour(*ranges) for ranges in (
+        ((0.5, 0.95), (0.35, 0.7), (0.25, 0.5)), (ANY, ANY, ANY), (DARK, DARK, (0.05, 0.6))))
+    for side in (-1, 1):
+        leg = p.box(x + 0.07 * side * height, y - 0.2 * height, 0.05 * height, 0.22 * height)
+        arm = p.box(x + 0.19 * side * height, y - 0.58 * height, 0.04 * height, 0.18 * height)
+        p.paint(leg, trousers)
+        p.paint(arm, skin)
+    p.paint(p.box(x, y - 0.58 * height, 0.15 * height, 0.2 * height), shirt)
+    p.paint(p.ellipse(x, y - 0.89 * height, 0.11 * height, 0.12 * height), skin)
+
+
+def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
+         generator: torch.Generator) -> Tensor:
+    """One clip per label: a random scene, filmed by a camera that moves as labelled.
+
+    scenes (count, 3, 2 size, 2 size) in [0, 1], labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
     Displacement counts from the middle frame, so what is seen there does not depend on the label.
     """
     count = len(labels)
     time = torch.arange(frames) - frames // 2  # (T,)
 
-    # Per frame: pixels of shift, radians of rotation, log-scale of zoom. Only the labelled one is
-    # not zero. y points down.
+    # Per frame: pixels of shift, radians of rotation, log-scale of zoom, all of the picture. Only
+    # the labelled one is not zero. y points down.
     direction = torch.tensor([math.pi, 0, -math.pi / 2, math.pi / 2] + [0] * 4)[labels]
     direction = direction + uniform(-0.35, 0.35, count, generator)
     velocity = torch.stack([direction.cos(), direction.sin()], dim=1)  # (B, 2)
@@ -78,7 +171,7 @@ def move_textures(textures: Tensor, labels: Tensor, frames: int, size: int,
     rotation = uniform(0.15, 0.33, count, generator) * ((labels == 4).int() - (labels == 5).int())
     zoom = uniform(0.075, 0.15, count, generator) * ((labels == 6).int() - (labels == 7).int())
 
-    # Where in the texture each pixel looks: the motion undone, about a random centre. The random
+    # Where in the scene each pixel looks: the motion undone, about a random centre. The random
     # base scale makes it harder to tell a zoom by how fine its first frame is.
     angle = -rotation[:, None] * time  # (B, T)
     scale = torch.exp(uniform(-0.3, 0.3, (count, 1), generator) - zoom[:, None] * time)
@@ -89,11 +182,12 @@ def move_textures(textures: Tensor, labels: Tensor, frames: int, size: int,
     centre = uniform(-size / 4, size / 4, (count, 1, 1, 2), generator)
     look = torch.einsum("btij,bpj->btpi", matrix, pixels - centre[:, 0]) + centre
     look = look - velocity[:, None, None] * time[:, None, None]  # (B, T, H W, 2)
-    look = look + uniform(-size / 2, size / 2, (count, 1, 1, 2), generator)  # anywhere on it
+    anywhere = uniform(-1, 1, (count, 1, 1, 2), generator) * torch.tensor([size, size / 3])
+    look = look + anywhere
 
-    chosen = textures[torch.randint(len(textures), (count,), generator=generator)]
-    tiled = chosen.tile(1, 1, 3, 3)  # wide enough for the fastest zoom out
+    chosen = scenes[torch.randint(len(scenes), (count,), generator=generator)]
+    chosen = torch.cat([chosen.flip(2), chosen, chosen.flip(2)], dim=2)  # mirrored up and down,
+    tiled = chosen.tile(1, 1, 1, 3)  # repeated to the sides: wide enough for the fastest zoom out
     clips = F.grid_sample(tiled, look * 2 / tiled.shape[-1], align_corners=False)
-    colours = F.normalize(torch.randn(count, 3, 3, generator=generator), dim=2)
-    clips = torch.einsum("bij,bjtp->btip", colours, clips)  # (B, T, 3, H W)
-    return (127.5 + 50 * clips.unflatten(-1, (size, size))).clamp(0, 255).to(torch.uint8)
+    clips = clips.transpose(1, 2).unflatten(-1, (size, size))  # (B, T, 3, H, W)
+    return (255 * clips).clamp(0, 255).to(torch.uint8)
