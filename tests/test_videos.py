@@ -13,7 +13,7 @@ import torch
 from tests.helpers import hub_server, turn_clockwise, write_video
 from tiny import report
 from tiny.augment import colour_jitter, flip, multi_scale_crop
-from tiny.synthetic import MOTIONS, SyntheticClips, make_textures, move_textures
+from tiny.synthetic import MOTIONS, SyntheticClips, draw_scenes, film
 from tiny.videos import (
     LongVideo,
     VideoClips,
@@ -376,9 +376,9 @@ def test_augmentations():
 
 def test_the_middle_frame_does_not_depend_on_the_label():
     """The same draws with another label: the middle frame is the same to the last bit."""
-    textures = make_textures(8, 64, torch.Generator().manual_seed(0))
+    scenes = draw_scenes(8, 64, torch.Generator().manual_seed(0))
     clips = torch.stack([
-        move_textures(textures, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
+        film(scenes, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
         for label in range(len(MOTIONS))
     ])  # (8, 64, T, 3, H, W)
     assert (clips[:, :, 4] == clips[:1, :, 4]).all()
