@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_tiny  # noqa: E402
-from checkpoints import write_whole  # noqa: E402
-from tiny.evaluate import choose_labelled, linear_probe, percent, probabilities  # noqa: E402
-from tiny.synthetic import (  # noqa: E402
+from textures import (  # noqa: E402
     HELD_OUT_SEEDS,
     MOTIONS,
     SyntheticClips,
     make_textures,
     move_textures,
 )
+
+import train_tiny  # noqa: E402
+from checkpoints import write_whole  # noqa: E402
+from tiny.evaluate import choose_labelled, linear_probe, percent, probabilities  # noqa: E402
 from videomae import VideoMAEConfig  # noqa: E402
 
 RESULTS = Path(__file__).with_name("findings.json")
