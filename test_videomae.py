@@ -524,14 +524,12 @@ class EncoderWithCLS(VideoMAEModel):
 
 class PreTrainingWithCLS(VideoMAEForPreTraining):
     def __init__(self, config):
-        super().__init__(config)
-        self.videomae = EncoderWithCLS(config)
+        super().__init__(config, EncoderWithCLS)
 
 
 class ClassificationWithCLS(VideoMAEForVideoClassification):
     def __init__(self, config):
-        super().__init__(config)
-        self.videomae = EncoderWithCLS(config)
+        super().__init__(config, EncoderWithCLS)
 
 
 def test_seam_added_token_trains_and_is_read():

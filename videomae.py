@@ -540,10 +540,10 @@ class VideoMAEForPreTrainingOutput(NamedTuple):
 class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     """Masked autoencoder: encoder -> decoder -> loss on the masked patches (paper, section 3)."""
 
-    def __init__(self, config: VideoMAEConfig):
+    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel):
         super().__init__()
         self.config = config
-        self.videomae = VideoMAEModel(config)
+        self.videomae = encoder_class(config)
         self.decoder = VideoMAEDecoder(config)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor],
@@ -627,10 +627,10 @@ class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
     From a pretraining checkpoint the decoder is dropped and the head is new. The authors fine-tune
     with `use_mean_pooling=True`. Pass it: a pretraining checkpoint's config has False."""
 
-    def __init__(self, config: VideoMAEConfig):
+    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel):
         super().__init__()
         self.config = config
-        self.videomae = VideoMAEModel(config)
+        self.videomae = encoder_class(config)
         dim, has_norm = config.hidden_size, config.use_mean_pooling
         self.fc_norm = nn.LayerNorm(dim, eps=config.head_norm_eps) if has_norm else None
         self.classifier = nn.Linear(dim, config.num_labels)
