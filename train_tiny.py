@@ -150,14 +150,6 @@ RECIPES = {
         finetune_steps=300, finetune_batch=32, finetune_lr=8e-3,
         scratch_steps=1900, scratch_lr=4e-3,
     ),
-    # A folder of a hundred short videos on two CPU cores, in minutes.
-    "small-videos": Recipe(
-        model="tiny", image_size=64, fps=12.5, views=3, crops=1, optimizer="muon",
-        label_smoothing=0.0, layer_decay=1.0, drop_path=0.0,
-        pretrain_steps=1200, pretrain_batch=32, pretrain_lr=1.4e-2,
-        finetune_steps=250, finetune_batch=16, finetune_lr=1.6e-2,
-        scratch_steps=800, scratch_lr=2e-2,
-    ),
     "laptop": Recipe(),
     # The authors' main settings for UCF101 on 8 GPUs, from scripts/ucf101 and the defaults of
     # run_class_finetuning.py. Of theirs, mixup, cutmix, RandAugment, random erasing, two samples of
