@@ -27,6 +27,8 @@ from torch import Tensor, nn
 logger = logging.getLogger("videomae")  # what is left out or made new is said here
 
 
+# ---- Names and shapes ---------------------------------------------------------------------------
+
 NAMES = [  # in a transformers directory, and here; ^ is the start of a name
     ("embeddings.patch_embeddings.projection.", "patch_embed."),
     ("encoder.layer.", "blocks."),
@@ -53,6 +55,7 @@ HEADS = {"decoder", "classifier", "fc_norm"}  # what is not the encoder's
 
 
 def rename(name: str, pairs) -> str:
+    """Replace (old, new) parts of a dotted name, one pair after the other."""
     name = f"^{name}"
     for old, new in pairs:
         name = name.replace(old, new)
@@ -97,6 +100,8 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
         out |= {rename(part, backwards): matrix for part, matrix in parts.items()}
     return out
 
+
+# ---- Files --------------------------------------------------------------------------------------
 
 def optional_import(module: str, package: str):
     """A module that only some users need."""
@@ -188,6 +193,8 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
         write_whole(Path(directory) / name, lambda file, content=content: file.write(content))
 
 
+# ---- Configs ------------------------------------------------------------------------------------
+
 OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
                 "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
 PUBLISHED_HEADS = {1280: 16, 1408: 16, 640: 8}  # by width; all others have heads 64 wide
@@ -278,6 +285,8 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
     return config
 
 
+# ---- Models -------------------------------------------------------------------------------------
+
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
     state_dict, values = read_checkpoint(source)
@@ -341,6 +350,8 @@ def save_model(model: nn.Module, directory):
     write_new(directory, {"model.safetensors": save(weights, metadata={"format": "pt"}),
                           "config.json": json.dumps(values, indent=2).encode()})
 
+
+# ---- The command line ---------------------------------------------------------------------------
 
 def main():
     """The command line; see the top of the file."""

@@ -23,6 +23,7 @@ class BatchFeature(dict):
     pixel_values = property(lambda self: self["pixel_values"])
 
     def to(self, *args, **kwargs):
+        """On another device, or of another dtype."""
         return BatchFeature(pixel_values=self.pixel_values.to(*args, **kwargs))
 
 

@@ -442,6 +442,8 @@ SAMPLING = ("fps", "views", "crops")
 # ---- A run --------------------------------------------------------------------------------------
 
 class Data(NamedTuple):
+    """What a run trains and tests on."""
+
     clips: SyntheticClips | VideoClips
     labelled: Tensor  # indices of the clips whose labels are used
     test_clips: SyntheticClips | VideoClips
