@@ -169,8 +169,10 @@ def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
     of a truncated file what it holds."""
     av = optional_import("av", "av")
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
-    with contextlib.suppress(av.FFmpegError, IndexError), av.open(str(file)) as container:
+    with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # an unknown codec: decoding would crash
+            return
         rate, origin = float(stream.average_rate or 25), (stream.start_time or 0) * stream.time_base
         if start:
             container.seek(int((start + origin) * av.time_base))  # to a key frame before it
@@ -190,10 +192,15 @@ def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
                 wanted += 1 / fps
 
 
+def open_video(file: Path):
+    """PyAV's container. Texts in it, such as titles, are not used and may be damaged."""
+    return optional_import("av", "av").open(str(file), metadata_errors="ignore")
+
+
 def duration(file: Path) -> float:
     """Seconds, from what its header says; 0 where it says nothing."""
     av = optional_import("av", "av")
-    with contextlib.suppress(av.FFmpegError, OSError), av.open(str(file)) as container:
+    with contextlib.suppress(av.FFmpegError), open_video(file) as container:
         return (container.duration or 0) / av.time_base
     return 0.0
 
