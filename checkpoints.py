@@ -287,23 +287,28 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrid
 
 # ---- Models -------------------------------------------------------------------------------------
 
+def expect(cls, config) -> dict[str, torch.Size]:
+    """The shapes of a model's weights, before anything is allocated: a config may be absurd."""
+    if max(config.num_hidden_layers, config.decoder_num_hidden_layers) > 1000:
+        raise ValueError("num_hidden_layers: got over 1,000")
+    if config.initializer_range <= 0:
+        raise ValueError(f"initializer_range: got {config.initializer_range}, expected over 0")
+    with torch.device("meta"):
+        model = cls(config)
+    if any(x.numel() > 2**31 for x in model.buffers()):
+        raise ValueError(f"num_frames, image_size: got {config.num_patches} patches")
+    return {name: x.shape for name, x in model.state_dict().items()}
+
+
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
     state_dict, values = read_checkpoint(source)
     try:
         weights = convert_state_dict(state_dict)
         config = make_config(cls.config_class, state_dict, values, overrides)
-        if max(config.num_hidden_layers, config.decoder_num_hidden_layers) > 1000:
-            raise ValueError("num_hidden_layers: got over 1,000")
-        if config.initializer_range <= 0:
-            raise ValueError(f"initializer_range: got {config.initializer_range}, expected over 0")
-        with torch.device("meta"):  # shapes only: a damaged config allocates nothing
-            model = cls(config)
-        if any(x.numel() > 2**31 for x in model.buffers()):
-            raise ValueError(f"num_frames, image_size: got {config.num_patches} patches")
+        shapes = expect(cls, config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source}: {error}") from error
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
     if not any(name.startswith("videomae.") for name in shapes):  # the encoder alone
         weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
     fitting = {name: x for name, x in weights.items() if shapes.get(name) == x.shape}
