@@ -624,6 +624,9 @@ def main(argv=None):
     is_synthetic = changes.get("data", "synthetic") == "synthetic" and args.stage != "predict"
     name = args.recipe or ("synthetic" if is_synthetic else "laptop")
     recipe = replace(RECIPES[name], **changes)
+    if args.resume:
+        settings = json.loads(Path(args.resume, "settings.json").read_text())
+        args.stage, recipe = settings["stage"], Recipe(**settings["recipe"])
     if recipe.init:  # a run of this script: the model in it
         model = "finetuned" if args.stage == "predict" else "pretrained"
         found = Path(recipe.init, model)
@@ -632,11 +635,7 @@ def main(argv=None):
         logging.getLogger("videomae").setLevel(logging.ERROR)
     if args.stage == "predict":
         return predict(args.videos, recipe, changes)
-    stage, folder = args.stage, output_folder(recipe)
-    if args.resume:
-        folder = Path(args.resume)
-        settings = json.loads((folder / "settings.json").read_text())
-        stage, recipe = settings["stage"], Recipe(**settings["recipe"])
+    folder = Path(args.resume) if args.resume else output_folder(recipe)
     if WORLD > 1:
         if DEVICE.type == "cuda":
             torch.cuda.set_device(DEVICE)
@@ -646,7 +645,7 @@ def main(argv=None):
         wait()  # until every process has looked for a free name
     say(f"output: {folder}/")
     try:
-        summary = run(folder, stage, recipe)
+        summary = run(folder, args.stage, recipe)
     except KeyboardInterrupt:
         say(f"\nInterrupted. To go on: python train_tiny.py --resume {folder}")
         raise SystemExit(130) from None

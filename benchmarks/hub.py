@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gpu import ROOT, TRAIN, call, write_page
 
+from tiny.videos import videos_in
+
 
 def published_values(args, work: Path) -> tuple[bool, str]:
     """Published weights give the values that transformers' own tests check."""
@@ -20,8 +22,8 @@ def classified(args, work: Path) -> tuple[bool, str]:
     """A published classifier names what one of the videos shows."""
     model = ROOT / "golden/hf_classify_tiny" if args.small else (
         "MCG-NJU/videomae-base-finetuned-kinetics")
-    videos = (path for path in sorted(args.data.rglob("*.*")) if path.suffix in (".avi", ".mp4"))
-    return call(TRAIN, "predict", "--init", model, next(videos).resolve(), cwd=work)
+    video, *_ = videos_in(args.data.resolve())
+    return call(TRAIN, "predict", "--init", model, video, cwd=work)
 
 
 def finetuned(args, work: Path) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""The paper's claims tried on the synthetic clips: the runs behind 02_findings.ipynb.
+"""The paper's claims tried on moving textures (textures.py): the runs behind 02_findings.ipynb.
 
     python notebooks/findings.py                    every run that findings.json lacks: 3 seeds, 69
                                                     runs in all, an hour and a half on two cores

@@ -1,1 +1,2 @@
-"""What train_tiny.py trains on and shows: synthetic clips, videos, augmentation, pictures."""
+"""What train_tiny.py trains on and shows: synthetic clips, videos, augmentation,
+evaluation, pictures and tables."""

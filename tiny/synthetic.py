@@ -152,13 +152,10 @@ def draw_person(p: Painter, x, y, height):
     p.paint(p.ellipse(x, y - 0.89 * height, 0.11 * height, 0.12 * height), skin)
 
 
-def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
-         generator: torch.Generator) -> Tensor:
-    """One clip per label: a random scene, filmed by a camera that moves as labelled.
-
-    scenes (count, 3, 2 size, 2 size) in [0, 1], labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
-    Displacement counts from the middle frame, so what is seen there does not depend on the label.
-    """
+def camera_path(labels: Tensor, frames: int, size: int, generator: torch.Generator) -> Tensor:
+    """labels (B,) of MOTIONS -> (B, T, H W, 2): where each pixel looks, as (x, y) in pixels from
+    the middle of a scene. Displacement counts from the middle frame, so what is seen there does not
+    depend on the label."""
     count = len(labels)
     time = torch.arange(frames) - frames // 2  # (T,)
 
@@ -171,8 +168,8 @@ def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
     rotation = uniform(0.15, 0.33, count, generator) * ((labels == 4).int() - (labels == 5).int())
     zoom = uniform(0.075, 0.15, count, generator) * ((labels == 6).int() - (labels == 7).int())
 
-    # Where in the scene each pixel looks: the motion undone, about a random centre. The random
-    # base scale makes it harder to tell a zoom by how fine its first frame is.
+    # The motion undone, about a random centre. The random base scale makes it harder to tell a
+    # zoom by how fine its first frame is.
     angle = -rotation[:, None] * time  # (B, T)
     scale = torch.exp(uniform(-0.3, 0.3, (count, 1), generator) - zoom[:, None] * time)
     cos, sin = scale * angle.cos(), scale * angle.sin()
@@ -181,9 +178,18 @@ def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
     pixels = torch.cartesian_prod(axis, axis).flip(-1)  # (H W, 2), each (x, y)
     centre = uniform(-size / 4, size / 4, (count, 1, 1, 2), generator)
     look = torch.einsum("btij,bpj->btpi", matrix, pixels - centre[:, 0]) + centre
-    look = look - velocity[:, None, None] * time[:, None, None]  # (B, T, H W, 2)
+    return look - velocity[:, None, None] * time[:, None, None]
+
+
+def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
+         generator: torch.Generator) -> Tensor:
+    """One clip per label: a random scene, filmed by a camera that moves as labelled.
+
+    scenes (count, 3, 2 size, 2 size) in [0, 1], labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
+    """
+    count, look = len(labels), camera_path(labels, frames, size, generator)
     anywhere = uniform(-1, 1, (count, 1, 1, 2), generator) * torch.tensor([size, size / 3])
-    look = look + anywhere
+    look = look + anywhere  # (B, T, H W, 2)
 
     chosen = scenes[torch.randint(len(scenes), (count,), generator=generator)]
     chosen = torch.cat([chosen.flip(2), chosen, chosen.flip(2)], dim=2)  # mirrored up and down,

@@ -109,7 +109,7 @@ def decode_all(files: list[Path], short_side: int, folder: Path, recipe, say) ->
         if seconds[file] > longest:
             say(f"{file}: only its first {recipe.max_minutes:g} minutes are used (--max-minutes)")
     seconds = sum(min(x, longest) for x in seconds.values())
-    gigabytes = 3 * short_side * 4 / 3 * short_side * seconds * recipe.fps / 1e9  # if they are 4:3
+    gigabytes = 4 * short_side**2 * seconds * recipe.fps / 1e9  # 3 bytes a pixel, if they are 4:3
     say(f"cache: {folder}/, about {gigabytes:.2f} GB for {seconds / 60:.1f} minutes of video")
     if gigabytes > recipe.cache_gb:
         raise ValueError(f"--cache-gb: got {recipe.cache_gb}, but {gigabytes:.1f} GB of frames are "
@@ -257,7 +257,7 @@ class VideoClips:
         """-> (T, 3, H, W). time is from 0, the first possible start, to 1, the last."""
         frames = np.load(video, mmap_mode="r")  # only what is used is read
         start = round(time * max(0, len(frames) - self.num_frames))
-        return stack_frames(frames[start : start + self.num_frames], self.num_frames)
+        return hold_last(frames[start : start + self.num_frames], self.num_frames)
 
 
 class LongVideo(VideoClips):
@@ -274,11 +274,11 @@ class LongVideo(VideoClips):
         for second in (start, 0.0):  # a truncated video is shorter than it says
             frames = read_frames(video, self.size, self.fps, second)
             if frames := list(islice(frames, self.num_frames)):
-                return stack_frames(frames, self.num_frames)
+                return hold_last(frames, self.num_frames)
         raise ValueError(f"{video}: cannot be decoded, expected a video")
 
 
-def stack_frames(frames, count: int) -> Tensor:
+def hold_last(frames, count: int) -> Tensor:
     """Frames (H, W, 3) -> (count, 3, H, W); the last is held where they are too few."""
     index = np.minimum(np.arange(count), len(frames) - 1)
     return rearrange(torch.from_numpy(np.stack(frames)[index]), "t h w c -> t c h w")
