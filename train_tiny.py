@@ -41,6 +41,7 @@ from processor import VideoMAEImageProcessor
 from tiny import report
 from tiny.augment import colour_jitter, flip
 from tiny.evaluate import choose_labelled, linear_probe, probabilities, scores
+from tiny.muon import Muon
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
 from tiny.videos import LongVideo, VideoClips, download_ucf101_subset, load_videos
 from videomae import (
@@ -236,8 +237,8 @@ def make_optimizers(model, recipe: Recipe, betas, layer_decay: float) -> dict:
         group = dict(params=[parameter], weight_decay=decay, scale=scale)
         groups["muon" if is_muon else "adamw"].append(group)
     optimizers = {"adamw": torch.optim.AdamW(groups["adamw"], betas=betas, fused=True)}
-    if groups["muon"]:  # rates on AdamW's scale
-        optimizers["muon"] = torch.optim.Muon(groups["muon"], adjust_lr_fn="match_rms_adamw")
+    if groups["muon"]:
+        optimizers["muon"] = Muon(groups["muon"])
     return optimizers
 
 

@@ -17,6 +17,7 @@ import train_tiny
 from tests.helpers import write_video
 from tiny.augment import colour_jitter, flip
 from tiny.evaluate import percent
+from tiny.muon import Muon
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
 from train_tiny import Recipe
 from videomae import (
@@ -309,6 +310,23 @@ def test_learning_rates_by_layer_and_step():
     rates = [train_tiny.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[0] == 0.2 and rates[9] == rates[10] == max(rates) == 2.0 and rates[99] < 0.002
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 160)])
+def test_muon_is_torchs_but_for_its_precision(shape):
+    """Rounding to bfloat16, 3 digits, makes more of a difference than 1 %, and not of 5 %."""
+    start, generator = torch.randn(shape), torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options = dict(lr=0.1, weight_decay=0.05)
+    optimizers = [Muon([ours], **options),
+                  torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)]
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = ours - start
+    assert (ours - theirs).norm() < 0.05 * moved.norm()
 
 
 def test_every_clip_comes_once_in_an_epoch():
