@@ -152,6 +152,14 @@ RECIPES = {
         scratch_steps=1900, scratch_lr=4e-3,
     ),
     "laptop": Recipe(),
+    # A hundred short videos of people on a CPU; chosen on one split of such (docs/results.md).
+    "small-videos": Recipe(
+        model="tiny", image_size=48, mask="random", fps=12.5, views=3, crops=1,
+        label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, optimizer="muon",
+        pretrain_steps=1200, pretrain_lr=2e-2,
+        finetune_steps=500, finetune_batch=8, finetune_lr=4e-2,
+        scratch_steps=1600, scratch_lr=4e-2,
+    ),
     # The authors' main settings for UCF101 on 8 GPUs, from scripts/ucf101 and the defaults of
     # run_class_finetuning.py. Of theirs, mixup, cutmix, RandAugment, random erasing, two samples of
     # a clip in a batch and head dropout are not built here.

@@ -33,11 +33,15 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrix: Tensor) -> Tensor:
     """(rows, columns) -> the same, with singular values of about 1: five steps of Newton and
-    Schulz, each an odd polynomial of the singular values, which need matrix products only."""
+    Schulz, each an odd polynomial of the singular values. It is a product with a polynomial of the
+    square `gram`, so only the smaller side counts."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     x = matrix / matrix.norm().clamp(min=1e-7)
+    gram, product = x @ x.T, torch.eye(len(x), device=x.device)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
