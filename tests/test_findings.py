@@ -6,8 +6,9 @@ from pathlib import Path
 # In a process of its own, because a run changes settings of the whole process.
 CODE = """
 import findings
-settings = findings.BASE | dict(data="look", pretrain_on="rough textures", mask="random",
-                                decoder_layers=2, pretrain_steps=12, finetune_steps=5)
+findings.SHORT["finetune_steps"] = 5
+settings = findings.BASE | dict(pretrain_on="pan and tilt", mask="random", decoder_layers=2,
+                                pretrain_steps=12, unlabelled_clips=1000)
 result = findings.run_once((settings, 0))
 assert result.items() >= settings.items()
 assert 0 < result["finetune_top1"] < 100 and 0 < result["loss"] < 2, result
