@@ -20,6 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
+import safetensors.torch
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -103,73 +104,50 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- Files --------------------------------------------------------------------------------------
 
-def optional_import(module: str, package: str):
-    """A module that only some users need."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ImportError(f"{package} is needed here: pip install {package}") from error
-
-
 def find(source: str | os.PathLike) -> Path:
     """A file or directory as it is; a hub id -> the directory it is downloaded to, once."""
     path = Path(source)
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"source: {source} is not a file, a directory or a hub id")
-    download = optional_import("huggingface_hub", "huggingface_hub").snapshot_download
     try:
-        path = Path(download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        from huggingface_hub import snapshot_download
+        path = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
         if not any(path.glob("*.safetensors")):
-            path = Path(download(str(source), allow_patterns=["*.json", "*.bin"]))
+            snapshot_download(str(source), allow_patterns="*.bin")  # into the same directory
     except Exception as error:
         raise ValueError(f"source: {source} is neither here nor on the hub ({error})") from error
     return path
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object."""
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: no JSON object ({error})") from error
-
-
-def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict | None]:
-    """-> the state dict as it was saved, and what config.json says where there is one."""
+def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """-> the state dict as it was saved, and what the config.json beside it says, {} without."""
     path = find(source)
-    if path.is_file():
-        config = path.with_name("config.json")
-        return read_weights(path), read_json(config) if config.exists() else None
-    values = read_json(path / "config.json")
-    for whole in (path / "model.safetensors", path / "pytorch_model.bin"):
-        index = path / f"{whole.name}.index.json"
-        if whole.exists():
-            return read_weights(whole), values
-        if index.exists():
-            parts = {path / name for name in read_json(index).get("weight_map", {}).values()}
-            return {name: x for part in parts for name, x in read_weights(part).items()}, values
-    raise ValueError(f"source: no model.safetensors and no pytorch_model.bin in {path}")
+    if path.is_dir():
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((file for file in files if file.exists()), None)
+        if path is None:
+            raise ValueError(f"source: no model.safetensors and no pytorch_model.bin in {source}")
+    config = path.with_name("config.json")
+    return read_file(path), read_file(config) if config.exists() else {}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file, or one of torch.save -> its state dict."""
+def read_file(path: Path) -> dict:
+    """What a .json, a .safetensors or a file of torch.save holds; nothing in it is executed."""
     try:
+        if path.suffix == ".json":
+            return {**json.loads(path.read_text(encoding="utf-8"))}
         if path.suffix == ".safetensors":
-            return optional_import("safetensors.torch", "safetensors").load_file(path)
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # a checksum differs, which torch does not see
         with torch.serialization.safe_globals([Namespace]):  # the authors' command line
             content = torch.load(path, map_location="cpu", weights_only=True)
-        while wrapper := {"model", "module", "state_dict"} & content.keys():
-            content = content[min(wrapper)]
+        for wrapper in ("state_dict", "model", "module"):
+            content = content.get(wrapper, content)
         return {name: x.cpu() for name, x in content.items()}
-    except ImportError:
-        raise
     except Exception as error:  # not chained: torch's text proposes to execute the file
         reason = type(error).__name__
-        raise ValueError(f"{path}: damaged, or holds more than weights ({reason})") from None
+        raise ValueError(f"{path}: missing, damaged, or more than plain data ({reason})") from None
 
 
 def write_whole(path: Path, write):
@@ -267,12 +245,12 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
     return told | assumed | known
 
 
-def make_config(cls, state_dict: dict[str, Tensor], values: dict | None, overrides: dict):
+def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dict):
     """The config of a checkpoint, with fields of the caller's."""
     if names := overrides.get("id2label"):
         overrides = {"num_labels": len(names)} | overrides
-    old = overrides if values is None else fields_from_json(cls, values.get("model_config", values))
-    if values is None or "model_config" in values:  # VideoMAE V2's, which says little
+    old = overrides if not values else fields_from_json(cls, values.get("model_config", values))
+    if not values or "model_config" in values:  # VideoMAE V2's, which says little
         old = infer_config(state_dict, **old)
     published = cls(**old)
     if overrides.get("num_labels", published.num_labels) != published.num_labels:
@@ -345,7 +323,6 @@ def load_model(cls, source, strict: bool, overrides: dict):
 
 def save_model(model: nn.Module, directory):
     """config.json and model.safetensors, as transformers writes them."""
-    save = optional_import("safetensors.torch", "safetensors").save
     config, default = vars(model.config), vars(type(model.config)())
     for name in ("position_embedding", "position_grid", "head_norm_eps"):
         if config[name] != default[name]:
@@ -354,7 +331,7 @@ def save_model(model: nn.Module, directory):
     values["architectures"] = [type(model).__name__]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     weights = {name: x.cpu() for name, x in published_state_dict(model).items()}
-    write_new(directory, {"model.safetensors": save(weights, metadata={"format": "pt"}),
+    write_new(directory, {"model.safetensors": safetensors.torch.save(weights, {"format": "pt"}),
                           "config.json": json.dumps(values, indent=2).encode()})
 
 

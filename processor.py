@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from checkpoints import fields_from_json, find, optional_import, read_json, write_new
+from checkpoints import fields_from_json, find, read_file, write_new
 from videomae import check_choice
 
 FILE = "preprocessor_config.json"
@@ -108,7 +108,7 @@ class VideoMAEImageProcessor:
     def from_pretrained(cls, source, **overrides):
         """Read a file of transformers' from a directory or a hub id, "MCG-NJU/videomae-base"."""
         path = find(source) / FILE
-        values = read_json(path)
+        values = read_file(path)
         try:
             return cls(**fields_from_json(cls, values) | overrides)
         except (ValueError, TypeError) as error:
@@ -156,7 +156,8 @@ def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2
         frames = frames.contiguous(memory_format=torch.channels_last)
         mode, antialias = RESAMPLE[resample], resample != 0
         return F.interpolate(frames, (height, width), mode=mode, antialias=antialias)
-    Image = optional_import("PIL.Image", "pillow")
+    from PIL import Image
+
     images = [Image.fromarray(x.numpy()) for x in frames.flatten(0, 1)]
     images = [np.array(x.resize((width, height), resample)) for x in images]
     return torch.from_numpy(np.stack(images)).view(*frames.shape[:2], height, width)

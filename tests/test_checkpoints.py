@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 import checkpoints
@@ -43,7 +44,6 @@ from videomae import (
 )
 
 HERE = Path(__file__).parent.parent
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -111,25 +111,13 @@ def test_transformers_loads_what_is_saved_here(kind, tmp_path):
     assert same_weights(again.state_dict(), ours.state_dict()) and again.config.id2label == labels
 
 
-def write_parts(directory, whole, weights, save):
-    """Write weights in two files, with the index of which is where, as transformers does."""
-    stem, suffix = whole.split(".")
-    names, weight_map = sorted(weights), {}
-    for i in range(2):
-        file = f"{stem}-0000{i + 1}-of-00002.{suffix}"
-        save({name: weights[name] for name in names[i::2]}, directory / file)
-        weight_map |= dict.fromkeys(names[i::2], file)
-    index = json.dumps({"weight_map": weight_map})
-    (directory / f"{whole}.index.json").write_text(index)
-
-
-def test_spellings_parts_and_bin_files(tmp_path):
-    """The same classifier from five kinds of directory; a missing part is an error."""
+def test_spellings_and_bin_files(tmp_path):
+    """The same classifier from three kinds of directory."""
     source = GOLDEN / "hf_classify_tiny"
     expected = VideoMAEForVideoClassification.from_pretrained(source).state_dict()
     weights = safetensors.load_file(source / "model.safetensors")
     config = read_json(source / "config.json")
-    for name in ("spelling", "bin", "parts", "bin parts", "both"):
+    for name in ("spelling", "bin", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
 
@@ -140,8 +128,6 @@ def test_spellings_parts_and_bin_files(tmp_path):
     assert spelling.keys() != weights.keys()
     safetensors.save_file(spelling, tmp_path / "spelling/model.safetensors")
     torch.save(weights, tmp_path / "bin/pytorch_model.bin")
-    write_parts(tmp_path / "parts", "model.safetensors", weights, safetensors.save_file)
-    write_parts(tmp_path / "bin parts", "pytorch_model.bin", weights, torch.save)
 
     # A file of another name is not read.
     other = {name: x + 1 for name, x in weights.items()}
@@ -152,9 +138,6 @@ def test_spellings_parts_and_bin_files(tmp_path):
     for directory in tmp_path.iterdir():
         model = VideoMAEForVideoClassification.from_pretrained(directory)
         assert same_weights(model.state_dict(), expected), directory
-    (tmp_path / "parts/model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: .*FileNotFound"):
-        VideoMAEForVideoClassification.from_pretrained(tmp_path / "parts")
 
 
 def test_every_weight_is_used_or_named(caplog):
@@ -394,7 +377,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
     bomb = Bomb(tmp_path / "executed")
-    damaged = "damaged, or holds more than weights"
+    damaged = "missing, damaged, or more than plain data"
     cases = {
         "empty.pth": (b"", damaged),
         "truncated.pth": (good[: len(good) // 2], damaged),
@@ -423,11 +406,9 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
 
 def test_directories_that_lack_something_are_refused(tmp_path):
     load = VideoMAEModel.from_pretrained
-    with pytest.raises(ValueError, match="source: nowhere.pth is not a file, a directory or a hub"):
-        load("nowhere.pth")
-    with pytest.raises(ValueError, match="config.json: no JSON object .*No such file"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="preprocessor_config.json: no JSON object .*No such"):
+    with pytest.raises(ValueError, match="source: .*nowhere.pth is neither here nor on the hub"):
+        load(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="preprocessor_config.json: missing, .*FileNotFoundError"):
         VideoMAEImageProcessor.from_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_bytes((GOLDEN / "hf_pretrain_tiny/config.json").read_bytes())
@@ -435,8 +416,8 @@ def test_directories_that_lack_something_are_refused(tmp_path):
         load(tmp_path)
     shutil.copy(GOLDEN / "hf_pretrain_tiny/model.safetensors", tmp_path)
     for text, message in (
-        ("{", "config.json: no JSON object"),
-        ("[1]", "config.json: no JSON object .*'list'"),
+        ("{", "config.json: missing, damaged, .*JSONDecodeError"),
+        ("[1]", "config.json: missing, damaged, .*TypeError"),
         ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
     ):
         config.write_text(text)
@@ -490,9 +471,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     processor = VideoMAEImageProcessor.from_pretrained(new)
     assert tuple(processor.image_mean) == IMAGENET_MEAN
     assert processor.crop_size == {"height": 32, "width": 32}
-    failed = subprocess.run([*command, "nowhere.pth"], capture_output=True, text=True)
+    nowhere = tmp_path / "nowhere.pth"
+    failed = subprocess.run([*command, nowhere], capture_output=True, text=True)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert failed.stderr.startswith("checkpoints.py: source: nowhere.pth is not a file")
+    assert failed.stderr.startswith(f"checkpoints.py: source: {nowhere} is neither here nor on")
 
     def main(*arguments):
         """The same in this process, which has imported torch already."""
@@ -508,7 +490,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
     for arguments, message in [
-        ([tmp_path / "code.pth"], "or holds more than weights"),
+        ([tmp_path / "code.pth"], "or more than plain data"),
         ([new], "not finite: decoder.mask_token"),
         ([new, tmp_path / "newer"], "not finite: decoder.mask_token"),
         ([good], "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
@@ -556,16 +538,10 @@ def test_hub_ids(tmp_path):
     assert status == 1 and "ValueError: source: someone/other is neither here" in output
 
 
-@pytest.mark.parametrize("package, source", [
-    ("safetensors", GOLDEN / "hf_pretrain_tiny"),
-    ("huggingface_hub", "someone/tiny"),
-])
-def test_what_to_install_is_said(package, source, monkeypatch):
-    for module in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        VideoMAEModel.from_pretrained(source)
+def test_a_missing_huggingface_hub_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="someone/tiny is neither here .*huggingface_hub"):
+        VideoMAEModel.from_pretrained("someone/tiny")
 
 
 @pytest.mark.hub
@@ -630,7 +606,6 @@ except ImportError as error:
 
 
 def test_files_work_inside_a_package(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     (tmp_path / "package").mkdir()
     for name in ("videomae.py", "checkpoints.py"):
         shutil.copy(HERE / name, tmp_path / "package")
