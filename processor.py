@@ -40,8 +40,9 @@ class VideoMAEImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # one number per channel
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    # One number per channel:
+    image_mean: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
     extra: dict = field(default_factory=dict)  # what else a file says
 
     def __post_init__(self):

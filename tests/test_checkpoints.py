@@ -147,9 +147,9 @@ def test_every_weight_is_used_or_named(caplog):
     assert not caplog.messages
     model = VideoMAEForVideoClassification.from_pretrained(
         source, num_labels=7, use_mean_pooling=True)
-    new, dropped = caplog.messages
-    assert new.endswith("new, to be trained: classifier, fc_norm")
-    assert dropped.endswith("not used: decoder, videomae.norm")
+    (message,) = caplog.messages
+    assert message.endswith("new, to be trained: ['classifier.', 'fc_norm.'], "
+                            "not used: ['decoder.', 'videomae.norm.']")
     assert model.config.num_labels == 7 and not model.training
     weights = pretrained.videomae.state_dict()
     assert same_weights(VideoMAEModel.from_pretrained(source).state_dict(), weights)
@@ -159,9 +159,9 @@ def test_every_weight_is_used_or_named(caplog):
     caplog.clear()
     source = GOLDEN / "hf_classify_tiny"
     model = VideoMAEForVideoClassification.from_pretrained(source, num_labels=9)
-    assert len(caplog.messages) == 1 and "new, to be trained: classifier" in caplog.text
+    assert len(caplog.messages) == 1 and "new, to be trained: ['classifier.']" in caplog.text
     assert model.classifier.out_features == 9 and model.config.id2label is None
-    with pytest.raises(ValueError, match="missing: decoder.blocks.0"):
+    with pytest.raises(ValueError, match='Missing key.*"decoder.blocks.0.attn'):
         VideoMAEForPreTraining.from_pretrained(source)
 
 
@@ -173,15 +173,17 @@ def test_weights_that_do_not_fit_are_one_error_or_left_out(tmp_path, caplog):
     del weights["videomae.encoder.layer.1.attention.attention.v_bias"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
     shutil.copy(source / "config.json", tmp_path)
-    message = ("missing: decoder.mask_token, videomae.blocks.1.attn.v_bias; "
-               "unexpected: decoder.mask_tokens; "
-               "of another shape: decoder.norm.bias (5,) instead of (32,)")
-    with pytest.raises(ValueError, match="VideoMAEForPreTraining from") as error:
+    with pytest.raises(ValueError) as error:
         VideoMAEForPreTraining.from_pretrained(tmp_path)
-    assert str(error.value).endswith(message)
+    for part in (str(tmp_path), 'Missing key', '"decoder.mask_token"', '1.attn.v_bias"',
+                 'Unexpected key(s) in state_dict: "decoder.mask_tokens"',
+                 "size mismatch for decoder.norm.bias", "[5]", "[32]"):
+        assert part in str(error.value)
 
     model = VideoMAEForPreTraining.from_pretrained(tmp_path, strict=False)
-    assert caplog.messages[-1].endswith(message)
+    assert "unexpected_keys=['decoder.mask_tokens']" in caplog.messages[-1]
+    for name in ("decoder.mask_token", "decoder.norm.bias", "videomae.blocks.1.attn.v_bias"):
+        assert f"'{name}'" in caplog.messages[-1]
     expected = VideoMAEForPreTraining.from_pretrained(source).state_dict()
     different = {name for name, x in model.state_dict().items()
                  if not torch.equal(x, expected[name])}
@@ -292,7 +294,7 @@ def test_videomae_v2_directory_of_the_hub(tmp_path):
 
     weights["model.blocks.0.attn.scale"] = torch.ones(3, 1, 1)
     safetensors.save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="unexpected: .*blocks.0.attn.scale"):
+    with pytest.raises(ValueError, match="Unexpected key.*blocks.0.attn.scale"):
         VideoMAEModel.from_pretrained(tmp_path)
 
 
@@ -387,7 +389,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
         "zipped code.pth": ({"model": {"weight": bomb}}, damaged),
         "list.pth": ([torch.zeros(2)], damaged),
         "no weights.pth": ({"epoch": 3}, damaged),
-        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected those of a VideoMAE"),
+        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected a published VideoMAE"),
         "truncated.safetensors": (tensors[: len(tensors) // 2], damaged),
         "text.safetensors": (b"not tensors", damaged),
     }
@@ -398,7 +400,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
             torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             VideoMAEForPreTraining.from_pretrained(tmp_path / name)
-        assert name in str(error.value) or name == "other.pth"
+        assert name in str(error.value)
         shown = "".join(traceback.format_exception(error.value))
         assert "weights_only=False" not in shown, "no advice to run it"
     assert not (tmp_path / "executed").exists()
@@ -457,12 +459,12 @@ def test_a_function_as_activation_cannot_be_saved(tmp_path):
 # The command line and the hub
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path, capsys):
     golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
     good, new = authors_file(tmp_path / "good.pth", golden, "model"), tmp_path / "new"
-    known = ["num_attention_heads=3", "decoder_num_attention_heads=2", "image_size=32"]
+    known = {"num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}
     command = [sys.executable, HERE / "checkpoints.py"]
-    subprocess.run([*command, good, new, *known], check=True)
+    subprocess.run([*command, good, new, *(f"{name}={x}" for name, x in known.items())], check=True)
     assert sorted(file.name for file in new.iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json"]
     model = VideoMAEForPreTraining.from_pretrained(new)
@@ -476,31 +478,27 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert failed.stderr.startswith(f"checkpoints.py: source: {nowhere} is neither here nor on")
 
-    def main(*arguments):
-        """The same in this process, which has imported torch already."""
-        monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
-        checkpoints.main()
-        return capsys.readouterr().out
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert "python checkpoints.py SOURCE TARGET" in usage.stderr
 
     for name, kind in KINDS.items():
-        output = main(GOLDEN / name)
-        assert kind.__name__ in output and "'hidden_size': 48" in output
+        checkpoints.main(GOLDEN / name)
+        output = capsys.readouterr().out
+        assert kind.__name__ in output and "hidden_size=48" in output
     torch.save({"model": Bomb(tmp_path / "executed")}, tmp_path / "code.pth")
     broken = safetensors.load_file(new / "model.safetensors")
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
-    for arguments, message in [
-        ([tmp_path / "code.pth"], "or more than plain data"),
-        ([new], "not finite: decoder.mask_token"),
-        ([new, tmp_path / "newer"], "not finite: decoder.mask_token"),
-        ([good], "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
-        ([good, *known, "image_sise=32"], "unexpected keyword argument 'image_sise'"),
-        ([good, new, *known], "exists already"),
-        ([good, new, new], "python checkpoints.py SOURCE TARGET"),
-        (["--help"], "python checkpoints.py SOURCE TARGET"),
+    for paths, fields, message in [
+        ([tmp_path / "code.pth"], {}, "or more than plain data"),
+        ([new], {}, "not finite: decoder.mask_token"),
+        ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
+        ([good], {}, "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
+        ([good], known | {"image_sise": 32}, "unexpected keyword argument 'image_sise'"),
+        ([good, new], known, "exists already"),
     ]:
-        with pytest.raises((ValueError, TypeError, SystemExit), match=message):
-            main(*arguments)
+        with pytest.raises((ValueError, TypeError), match=message):
+            checkpoints.main(*paths, **fields)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "newer").exists()
 
 
@@ -510,8 +508,8 @@ def test_hub_ids(tmp_path):
 
     def run(*commands, env):
         """One process, for huggingface_hub reads the environment once -> (exit status, output)."""
-        lines = [["checkpoints.py", *map(str, command)] for command in commands]
-        code = f"import sys, checkpoints\nfor sys.argv in {lines}:\n    checkpoints.main()"
+        lines = [list(map(str, command)) for command in commands]
+        code = f"import checkpoints\nfor paths in {lines}:\n    checkpoints.main(*paths)"
         process = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | env,
                                  capture_output=True, text=True, timeout=120)
         return process.returncode, process.stdout + process.stderr
