@@ -5,7 +5,8 @@
 
 SOURCE is a directory as transformers 4 or 5 writes it, a hub id such as MCG-NJU/videomae-base, or a
 file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), of which nothing is executed.
-What a file does not say is given as fields of the config, in JSON: num_attention_heads=3.
+What a file does not say is given as fields of the config, in JSON: num_attention_heads=3. Wrong
+input raises a ValueError or TypeError that names it. Needs torch, einops and safetensors.
 """
 import json
 import logging
