@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from checkpoints import fields_from_json, find, optional_import, read_json, write_new
+from checkpoints import fields_from_json, find, read_file, write_new
 from videomae import check_choice
 
 FILE = "preprocessor_config.json"
@@ -40,8 +40,9 @@ class VideoMAEImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # one number per channel
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    # One number per channel:
+    image_mean: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
     extra: dict = field(default_factory=dict)  # what else a file says
 
     def __post_init__(self):
@@ -108,7 +109,7 @@ class VideoMAEImageProcessor:
     def from_pretrained(cls, source, **overrides):
         """Read a file of transformers' from a directory or a hub id, "MCG-NJU/videomae-base"."""
         path = find(source) / FILE
-        values = read_json(path)
+        values = read_file(path)
         try:
             return cls(**fields_from_json(cls, values) | overrides)
         except (ValueError, TypeError) as error:
@@ -156,7 +157,8 @@ def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2
         frames = frames.contiguous(memory_format=torch.channels_last)
         mode, antialias = RESAMPLE[resample], resample != 0
         return F.interpolate(frames, (height, width), mode=mode, antialias=antialias)
-    Image = optional_import("PIL.Image", "pillow")
+    from PIL import Image
+
     images = [Image.fromarray(x.numpy()) for x in frames.flatten(0, 1)]
     images = [np.array(x.resize((width, height), resample)) for x in images]
     return torch.from_numpy(np.stack(images)).view(*frames.shape[:2], height, width)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 import checkpoints
@@ -43,7 +44,6 @@ from videomae import (
 )
 
 HERE = Path(__file__).parent.parent
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -111,25 +111,13 @@ def test_transformers_loads_what_is_saved_here(kind, tmp_path):
     assert same_weights(again.state_dict(), ours.state_dict()) and again.config.id2label == labels
 
 
-def write_parts(directory, whole, weights, save):
-    """Write weights in two files, with the index of which is where, as transformers does."""
-    stem, suffix = whole.split(".")
-    names, weight_map = sorted(weights), {}
-    for i in range(2):
-        file = f"{stem}-0000{i + 1}-of-00002.{suffix}"
-        save({name: weights[name] for name in names[i::2]}, directory / file)
-        weight_map |= dict.fromkeys(names[i::2], file)
-    index = json.dumps({"weight_map": weight_map})
-    (directory / f"{whole}.index.json").write_text(index)
-
-
-def test_spellings_parts_and_bin_files(tmp_path):
-    """The same classifier from five kinds of directory; a missing part is an error."""
+def test_spellings_and_bin_files(tmp_path):
+    """The same classifier from three kinds of directory."""
     source = GOLDEN / "hf_classify_tiny"
     expected = VideoMAEForVideoClassification.from_pretrained(source).state_dict()
     weights = safetensors.load_file(source / "model.safetensors")
     config = read_json(source / "config.json")
-    for name in ("spelling", "bin", "parts", "bin parts", "both"):
+    for name in ("spelling", "bin", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
 
@@ -140,8 +128,6 @@ def test_spellings_parts_and_bin_files(tmp_path):
     assert spelling.keys() != weights.keys()
     safetensors.save_file(spelling, tmp_path / "spelling/model.safetensors")
     torch.save(weights, tmp_path / "bin/pytorch_model.bin")
-    write_parts(tmp_path / "parts", "model.safetensors", weights, safetensors.save_file)
-    write_parts(tmp_path / "bin parts", "pytorch_model.bin", weights, torch.save)
 
     # A file of another name is not read.
     other = {name: x + 1 for name, x in weights.items()}
@@ -152,9 +138,6 @@ def test_spellings_parts_and_bin_files(tmp_path):
     for directory in tmp_path.iterdir():
         model = VideoMAEForVideoClassification.from_pretrained(directory)
         assert same_weights(model.state_dict(), expected), directory
-    (tmp_path / "parts/model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: .*FileNotFound"):
-        VideoMAEForVideoClassification.from_pretrained(tmp_path / "parts")
 
 
 def test_every_weight_is_used_or_named(caplog):
@@ -164,9 +147,9 @@ def test_every_weight_is_used_or_named(caplog):
     assert not caplog.messages
     model = VideoMAEForVideoClassification.from_pretrained(
         source, num_labels=7, use_mean_pooling=True)
-    new, dropped = caplog.messages
-    assert new.endswith("new, to be trained: classifier, fc_norm")
-    assert dropped.endswith("not used: decoder, videomae.norm")
+    (message,) = caplog.messages
+    assert message.endswith("new, to be trained: ['classifier.', 'fc_norm.'], "
+                            "not used: ['decoder.', 'videomae.norm.']")
     assert model.config.num_labels == 7 and not model.training
     weights = pretrained.videomae.state_dict()
     assert same_weights(VideoMAEModel.from_pretrained(source).state_dict(), weights)
@@ -176,9 +159,9 @@ def test_every_weight_is_used_or_named(caplog):
     caplog.clear()
     source = GOLDEN / "hf_classify_tiny"
     model = VideoMAEForVideoClassification.from_pretrained(source, num_labels=9)
-    assert len(caplog.messages) == 1 and "new, to be trained: classifier" in caplog.text
+    assert len(caplog.messages) == 1 and "new, to be trained: ['classifier.']" in caplog.text
     assert model.classifier.out_features == 9 and model.config.id2label is None
-    with pytest.raises(ValueError, match="missing: decoder.blocks.0"):
+    with pytest.raises(ValueError, match='Missing key.*"decoder.blocks.0.attn'):
         VideoMAEForPreTraining.from_pretrained(source)
 
 
@@ -190,15 +173,17 @@ def test_weights_that_do_not_fit_are_one_error_or_left_out(tmp_path, caplog):
     del weights["videomae.encoder.layer.1.attention.attention.v_bias"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
     shutil.copy(source / "config.json", tmp_path)
-    message = ("missing: decoder.mask_token, videomae.blocks.1.attn.v_bias; "
-               "unexpected: decoder.mask_tokens; "
-               "of another shape: decoder.norm.bias (5,) instead of (32,)")
-    with pytest.raises(ValueError, match="VideoMAEForPreTraining from") as error:
+    with pytest.raises(ValueError) as error:
         VideoMAEForPreTraining.from_pretrained(tmp_path)
-    assert str(error.value).endswith(message)
+    for part in (str(tmp_path), 'Missing key', '"decoder.mask_token"', '1.attn.v_bias"',
+                 'Unexpected key(s) in state_dict: "decoder.mask_tokens"',
+                 "size mismatch for decoder.norm.bias", "[5]", "[32]"):
+        assert part in str(error.value)
 
     model = VideoMAEForPreTraining.from_pretrained(tmp_path, strict=False)
-    assert caplog.messages[-1].endswith(message)
+    assert "unexpected_keys=['decoder.mask_tokens']" in caplog.messages[-1]
+    for name in ("decoder.mask_token", "decoder.norm.bias", "videomae.blocks.1.attn.v_bias"):
+        assert f"'{name}'" in caplog.messages[-1]
     expected = VideoMAEForPreTraining.from_pretrained(source).state_dict()
     different = {name for name, x in model.state_dict().items()
                  if not torch.equal(x, expected[name])}
@@ -309,7 +294,7 @@ def test_videomae_v2_directory_of_the_hub(tmp_path):
 
     weights["model.blocks.0.attn.scale"] = torch.ones(3, 1, 1)
     safetensors.save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="unexpected: .*blocks.0.attn.scale"):
+    with pytest.raises(ValueError, match="Unexpected key.*blocks.0.attn.scale"):
         VideoMAEModel.from_pretrained(tmp_path)
 
 
@@ -394,7 +379,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
     bomb = Bomb(tmp_path / "executed")
-    damaged = "damaged, or holds more than weights"
+    damaged = "missing, damaged, or more than plain data"
     cases = {
         "empty.pth": (b"", damaged),
         "truncated.pth": (good[: len(good) // 2], damaged),
@@ -404,7 +389,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
         "zipped code.pth": ({"model": {"weight": bomb}}, damaged),
         "list.pth": ([torch.zeros(2)], damaged),
         "no weights.pth": ({"epoch": 3}, damaged),
-        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected those of a VideoMAE"),
+        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected a published VideoMAE"),
         "truncated.safetensors": (tensors[: len(tensors) // 2], damaged),
         "text.safetensors": (b"not tensors", damaged),
     }
@@ -415,7 +400,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
             torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             VideoMAEForPreTraining.from_pretrained(tmp_path / name)
-        assert name in str(error.value) or name == "other.pth"
+        assert name in str(error.value)
         shown = "".join(traceback.format_exception(error.value))
         assert "weights_only=False" not in shown, "no advice to run it"
     assert not (tmp_path / "executed").exists()
@@ -423,11 +408,9 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
 
 def test_directories_that_lack_something_are_refused(tmp_path):
     load = VideoMAEModel.from_pretrained
-    with pytest.raises(ValueError, match="source: nowhere.pth is not a file, a directory or a hub"):
-        load("nowhere.pth")
-    with pytest.raises(ValueError, match="config.json: no JSON object .*No such file"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="preprocessor_config.json: no JSON object .*No such"):
+    with pytest.raises(ValueError, match="source: .*nowhere.pth is neither here nor on the hub"):
+        load(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="preprocessor_config.json: missing, .*FileNotFoundError"):
         VideoMAEImageProcessor.from_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_bytes((GOLDEN / "hf_pretrain_tiny/config.json").read_bytes())
@@ -435,8 +418,8 @@ def test_directories_that_lack_something_are_refused(tmp_path):
         load(tmp_path)
     shutil.copy(GOLDEN / "hf_pretrain_tiny/model.safetensors", tmp_path)
     for text, message in (
-        ("{", "config.json: no JSON object"),
-        ("[1]", "config.json: no JSON object .*'list'"),
+        ("{", "config.json: missing, damaged, .*JSONDecodeError"),
+        ("[1]", "config.json: missing, damaged, .*TypeError"),
         ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
     ):
         config.write_text(text)
@@ -476,12 +459,12 @@ def test_a_function_as_activation_cannot_be_saved(tmp_path):
 # The command line and the hub
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path, capsys):
     golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
     good, new = authors_file(tmp_path / "good.pth", golden, "model"), tmp_path / "new"
-    known = ["num_attention_heads=3", "decoder_num_attention_heads=2", "image_size=32"]
+    known = {"num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}
     command = [sys.executable, HERE / "checkpoints.py"]
-    subprocess.run([*command, good, new, *known], check=True)
+    subprocess.run([*command, good, new, *(f"{name}={x}" for name, x in known.items())], check=True)
     assert sorted(file.name for file in new.iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json"]
     model = VideoMAEForPreTraining.from_pretrained(new)
@@ -490,35 +473,32 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     processor = VideoMAEImageProcessor.from_pretrained(new)
     assert tuple(processor.image_mean) == IMAGENET_MEAN
     assert processor.crop_size == {"height": 32, "width": 32}
-    failed = subprocess.run([*command, "nowhere.pth"], capture_output=True, text=True)
+    nowhere = tmp_path / "nowhere.pth"
+    failed = subprocess.run([*command, nowhere], capture_output=True, text=True)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert failed.stderr.startswith("checkpoints.py: source: nowhere.pth is not a file")
+    assert failed.stderr.startswith(f"checkpoints.py: source: {nowhere} is neither here nor on")
 
-    def main(*arguments):
-        """The same in this process, which has imported torch already."""
-        monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
-        checkpoints.main()
-        return capsys.readouterr().out
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert "python checkpoints.py SOURCE TARGET" in usage.stderr
 
     for name, kind in KINDS.items():
-        output = main(GOLDEN / name)
-        assert kind.__name__ in output and "'hidden_size': 48" in output
+        checkpoints.main(GOLDEN / name)
+        output = capsys.readouterr().out
+        assert kind.__name__ in output and "hidden_size=48" in output
     torch.save({"model": Bomb(tmp_path / "executed")}, tmp_path / "code.pth")
     broken = safetensors.load_file(new / "model.safetensors")
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
-    for arguments, message in [
-        ([tmp_path / "code.pth"], "or holds more than weights"),
-        ([new], "not finite: decoder.mask_token"),
-        ([new, tmp_path / "newer"], "not finite: decoder.mask_token"),
-        ([good], "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
-        ([good, *known, "image_sise=32"], "unexpected keyword argument 'image_sise'"),
-        ([good, new, *known], "exists already"),
-        ([good, new, new], "python checkpoints.py SOURCE TARGET"),
-        (["--help"], "python checkpoints.py SOURCE TARGET"),
+    for paths, fields, message in [
+        ([tmp_path / "code.pth"], {}, "or more than plain data"),
+        ([new], {}, "not finite: decoder.mask_token"),
+        ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
+        ([good], {}, "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
+        ([good], known | {"image_sise": 32}, "unexpected keyword argument 'image_sise'"),
+        ([good, new], known, "exists already"),
     ]:
-        with pytest.raises((ValueError, TypeError, SystemExit), match=message):
-            main(*arguments)
+        with pytest.raises((ValueError, TypeError), match=message):
+            checkpoints.main(*paths, **fields)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "newer").exists()
 
 
@@ -528,8 +508,8 @@ def test_hub_ids(tmp_path):
 
     def run(*commands, env):
         """One process, for huggingface_hub reads the environment once -> (exit status, output)."""
-        lines = [["checkpoints.py", *map(str, command)] for command in commands]
-        code = f"import sys, checkpoints\nfor sys.argv in {lines}:\n    checkpoints.main()"
+        lines = [list(map(str, command)) for command in commands]
+        code = f"import checkpoints\nfor paths in {lines}:\n    checkpoints.main(*paths)"
         process = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | env,
                                  capture_output=True, text=True, timeout=120)
         return process.returncode, process.stdout + process.stderr
@@ -556,16 +536,10 @@ def test_hub_ids(tmp_path):
     assert status == 1 and "ValueError: source: someone/other is neither here" in output
 
 
-@pytest.mark.parametrize("package, source", [
-    ("safetensors", GOLDEN / "hf_pretrain_tiny"),
-    ("huggingface_hub", "someone/tiny"),
-])
-def test_what_to_install_is_said(package, source, monkeypatch):
-    for module in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        VideoMAEModel.from_pretrained(source)
+def test_a_missing_huggingface_hub_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="someone/tiny is neither here .*huggingface_hub"):
+        VideoMAEModel.from_pretrained("someone/tiny")
 
 
 @pytest.mark.hub
@@ -630,7 +604,6 @@ except ImportError as error:
 
 
 def test_files_work_inside_a_package(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     (tmp_path / "package").mkdir()
     for name in ("videomae.py", "checkpoints.py"):
         shutil.copy(HERE / name, tmp_path / "package")

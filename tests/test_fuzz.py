@@ -24,7 +24,6 @@ from tests.helpers import write_video
 from tiny.videos import LongVideo, decode
 from videomae import VideoMAEConfig, VideoMAEForPreTraining, normalize, random_mask
 
-pytest.importorskip("safetensors", reason="safetensors is not installed")
 COUNT = int(os.environ.get("FUZZ", 400))
 GOLDEN = Path(__file__).parent.parent / "golden"
 RECIPE = SimpleNamespace(fps=25.0, max_minutes=1.0, views=2, crops=1)

@@ -242,7 +242,7 @@ def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
     """--init with a directory of transformers: its frames and size are used, the head is new."""
     output = succeed("finetune", "--data", video_folder, *VIDEOS, "--scratch-steps", 0, "--init",
                      HERE / "golden/hf_pretrain_tiny", "--name", "hf", cwd=tmp_path)
-    assert "new, to be trained: classifier, fc_norm" in output
+    assert "new, to be trained: ['classifier.', 'fc_norm.']" in output
     model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/hf/finetuned")
     assert model.config.id2label == {0: "Left", 1: "Zoom In"} and model.config.hidden_size == 48
     assert not (tmp_path / "runs/hf/pretrained").exists()

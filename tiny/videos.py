@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import optional_import, write_whole
+from checkpoints import write_whole
 from tiny.augment import multi_scale_crop, square_crop
 from videomae import VideoMAEConfig
 
@@ -167,7 +167,8 @@ def decode(file: Path, short_side: int, folder: Path, recipe) -> Path:
 def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
     """Yield what is seen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3) uint8;
     of a truncated file what it holds."""
-    av = optional_import("av", "av")
+    import av
+
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
     with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
         stream = container.streams.video[0]
@@ -194,12 +195,15 @@ def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
 
 def open_video(file: Path):
     """PyAV's container. Texts in it, such as titles, are not used and may be damaged."""
-    return optional_import("av", "av").open(str(file), metadata_errors="ignore")
+    import av
+
+    return av.open(str(file), metadata_errors="ignore")
 
 
 def duration(file: Path) -> float:
     """Seconds, from what its header says; 0 where it says nothing."""
-    av = optional_import("av", "av")
+    import av
+
     with contextlib.suppress(av.FFmpegError), open_video(file) as container:
         return (container.duration or 0) / av.time_base
     return 0.0
@@ -210,11 +214,11 @@ def download_ucf101_subset(cache: Path) -> Path:
     folder = cache / "ucf101-subset"
     if folder.exists():
         return folder
-    hub = optional_import("huggingface_hub", "huggingface_hub")
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        archive = hub.hf_hub_download("sayakpaul/ucf101-subset", "UCF101_subset.tar.gz",
-                                      repo_type="dataset")
+        from huggingface_hub import hf_hub_download
+        archive = hf_hub_download("sayakpaul/ucf101-subset", "UCF101_subset.tar.gz",
+                                  repo_type="dataset")
         with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=cache) as temporary:
             tar.extractall(temporary, filter="data")  # nothing outside the folder
             (train,) = Path(temporary).glob("*/train")
