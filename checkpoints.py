@@ -266,6 +266,8 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dic
 def load_model(cls, source, strict: bool, overrides: dict):
     """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
     state_dict, values = read_checkpoint(source)
+    if names := overrides.get("id2label"):
+        overrides = {"num_labels": len(names)} | overrides
     try:
         config = make_config(cls.config_class, state_dict, values, overrides)
         with torch.device("meta"):  # shapes only: nothing is allocated yet

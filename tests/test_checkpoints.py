@@ -161,6 +161,9 @@ def test_every_weight_is_used_or_named(caplog):
     model = VideoMAEForVideoClassification.from_pretrained(source, num_labels=9)
     assert len(caplog.messages) == 1 and "new, to be trained: ['classifier.']" in caplog.text
     assert model.classifier.out_features == 9 and model.config.id2label is None
+    labels = {0: "Punch", 1: "YoYo"}
+    model = VideoMAEForVideoClassification.from_pretrained(source, id2label=labels)
+    assert model.classifier.out_features == 2 and model.config.id2label == labels
     with pytest.raises(ValueError, match='Missing key.*"decoder.blocks.0.attn'):
         VideoMAEForPreTraining.from_pretrained(source)
 
