@@ -42,7 +42,7 @@ from tiny import report
 from tiny.augment import colour_jitter, flip
 from tiny.evaluate import choose_labelled, linear_probe, probabilities, scores
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
-from tiny.videos import LongVideo, VideoClips, download_ucf101_subset, load_videos
+from tiny.videos import LongVideo, VideoClips, load_videos
 from videomae import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -73,7 +73,7 @@ class Recipe:
     what all processes see in a step.
     """
 
-    data: str = "synthetic"  # or a folder, or "ucf101-subset", which is downloaded
+    data: str = "synthetic"  # or a folder
     split: int = 1  # of UCF101's three official ones
     cache: str = "runs/.cache"  # of decoded videos
     init: str = ""  # weights to start from: a run, a checkpoint or a hub id
@@ -464,10 +464,7 @@ def load_data(config: VideoMAEConfig, recipe: Recipe) -> Data:
     else:
         if RANK:
             wait()  # until the first process has downloaded and decoded
-        cache, folder = Path(recipe.cache), Path(recipe.data)
-        if recipe.data == "ucf101-subset":
-            folder = download_ucf101_subset(cache)
-        clips, test_clips = load_videos(folder, config, recipe, cache, say)
+        clips, test_clips = load_videos(Path(recipe.data), config, recipe, Path(recipe.cache), say)
         if RANK == 0:
             wait()
     labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)

@@ -7,8 +7,6 @@ import contextlib
 import hashlib
 import os
 import re
-import tarfile
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain, islice
@@ -203,26 +201,6 @@ def duration(file: Path) -> float:
     with contextlib.suppress(av.FFmpegError), open_video(file) as container:
         return (container.duration or 0) / av.time_base
     return 0.0
-
-
-def download_ucf101_subset(cache: Path) -> Path:
-    """The ten classes of Hugging Face's video tutorial -> their folder, downloaded once."""
-    folder = cache / "ucf101-subset"
-    if folder.exists():
-        return folder
-    hub = optional_import("huggingface_hub", "huggingface_hub")
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        archive = hub.hf_hub_download("sayakpaul/ucf101-subset", "UCF101_subset.tar.gz",
-                                      repo_type="dataset")
-        with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=cache) as temporary:
-            tar.extractall(temporary, filter="data")  # nothing outside the folder
-            (train,) = Path(temporary).glob("*/train")
-            os.replace(train.parent, folder)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"--data: ucf101-subset cannot be had here ({reason})") from error
-    return folder
 
 
 class VideoClips:
