@@ -94,7 +94,6 @@ class Recipe:
     labels_per_class: int = 0  # how many clips of a class have a label; 0 = all
     unlabelled_clips: int = 10_000  # synthetic clips to pretrain on
     test_clips: int = 1024  # synthetic clips held out
-    max_broken: float = 0.1  # share of the videos that may be unreadable
     max_minutes: float = 60.0  # of a video; the rest is not used
     cache_gb: float = 20.0  # refuse a folder whose decoded frames would take more
 
@@ -121,7 +120,7 @@ class Recipe:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self):
-        shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup", "max_broken")
+        shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup")
         may_be_zero = (*shares, "labels_per_class", "scratch_steps", "seed", "weight_decay",
                        "image_size")
         parts = max(1, WORLD * self.accumulate)
@@ -464,7 +463,7 @@ def load_data(config: VideoMAEConfig, recipe: Recipe) -> Data:
     else:
         if RANK:
             wait()  # until the first process has downloaded and decoded
-        clips, test_clips = load_videos(Path(recipe.data), config, recipe, Path(recipe.cache), say)
+        clips, test_clips = load_videos(config, recipe)
         if RANK == 0:
             wait()
     labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
