@@ -102,7 +102,6 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask", "diagonal"], "kind: got 'diagonal'"),
     (["--mask-ratio", "0.01"], "mask_ratio: 0.01 masks 0"),
-    (["--drop-path", "1"], "--drop-path: got 1.0, expected less than 1"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got"),
@@ -115,7 +114,6 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["finetune"], "--init: finetune needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0"),
     (["--init", "x/y", "--model", "tiny"], "--init: its weights say the model"),
-    (["--model", "laptop"], "--data: synthetic clips of this size would take 6 GB"),
     (["finetune", "--init", "nowhere"], "source: nowhere is not a file"),
 ])
 def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch):
@@ -183,9 +181,9 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     status, output = command(*TOY, "--pretrain-lr", 1e30, "--name", "nan", cwd=tmp_path)
     assert status != 0 and "Traceback" not in output
-    assert re.search(r"pretrain: the loss is (nan|inf) at step|weights are not finite", output)
+    assert re.search(r"pretrain: a loss or a weight before step \d+ is not finite", output)
     assert not (tmp_path / "runs/nan/pretrained").exists()
-    state = torch.load(tmp_path / "runs/nan/checkpoint.pt", weights_only=True)
+    state = torch.load(tmp_path / "runs/nan/pretrain.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
