@@ -254,7 +254,18 @@ def prepare(model, recipe: Recipe):
     return torch.compile(model) if recipe.compile else model
 
 
-def backward(model, batch, loss_of, recipe: Recipe, scaler) -> Tensor:
+def loss_of(model, recipe: Recipe, frames: Tensor, labels: Tensor, colours: Tensor, *mask):
+    """The mean loss of a batch: with a mask, of its reconstruction, else of its classes."""
+    pixel_values = normalize(frames)
+    if mask:
+        return model(pixel_values, mask).loss
+    if recipe.colour_jitter:
+        pixel_values = colour_jitter(pixel_values, colours)
+    logits = model(pixel_values).logits.float()
+    return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+
+
+def backward(model, batch, recipe: Recipe, scaler) -> Tensor:
     """The gradients of one batch, computed in parts -> its mean loss, over all processes."""
     dtype, total = compute_dtype(recipe.precision), 0.0
     for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch), strict=True)):
@@ -262,7 +273,7 @@ def backward(model, batch, loss_of, recipe: Recipe, scaler) -> Tensor:
         # Processes exchange gradients once, after the last part.
         model.require_backward_grad_sync = i + 1 == recipe.accumulate
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(model, *part) / recipe.accumulate
+            loss = loss_of(model, recipe, *part) / recipe.accumulate
         scaler.scale(loss).backward()
         total = total + loss.detach().float()
     if WORLD > 1:
@@ -305,13 +316,13 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Recipe, steps: int,
+def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, steps: int,
           base_lr: float, betas, layer_decay: float = 1.0, every_tenth=lambda model: None) -> dict:
     """Train a model in place -> its first and last loss.
 
-    loss_of(model, *batch) is the mean loss of a batch. The whole state is saved to FOLDER/STAGE.pt
-    every `checkpoint_every` steps and at the end, and a run that finds it there resumes from it, a
-    finished stage too. every_tenth(model) is called ten times.
+    The whole state is saved to FOLDER/STAGE.pt every `checkpoint_every` steps and at the end; a run
+    that finds it there resumes from it, a finished stage too. every_tenth(model) is called ten
+    times.
     """
     peak, path = base_lr * batches.batch / 256, folder / f"{stage}.pt"
     optimizers = make_optimizers(model, recipe, betas, layer_decay)
@@ -335,7 +346,7 @@ def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Re
         if step % recipe.checkpoint_every == 0:
             save_state(path, parts, losses, step, time.perf_counter() - start)
         torch.manual_seed(recipe.seed * 1_000_000_007 + step * WORLD + RANK)  # dropout, drop path
-        losses[step] = backward(trained, batch, loss_of, recipe, scaler)
+        losses[step] = backward(trained, batch, recipe, scaler)
         rate = learning_rate(step, steps, peak, recipe.warmup)
         update(model, optimizers.values(), scaler, rate, recipe.gradient_clip)
         if step % 10 == 0:  # not more often, since a GPU is waited for
@@ -358,12 +369,9 @@ def pretrain(folder: Path, clips, config: VideoMAEConfig, recipe: Recipe, pictur
     torch.manual_seed(recipe.seed)
     model = VideoMAEForPreTraining(config).to(DEVICE)
 
-    def loss_of(model, frames, labels, colours, *mask):
-        return model(normalize(frames), mask).loss
-
     everything = torch.arange(len(clips.labels))
     batches = Batches(clips, everything, recipe.pretrain_batch, recipe, config.grid)
-    return model, train(folder, "pretrain", model, batches, loss_of, recipe, recipe.pretrain_steps,
+    return model, train(folder, "pretrain", model, batches, recipe, recipe.pretrain_steps,
                         recipe.pretrain_lr, betas=(0.9, 0.95), every_tenth=picture)
 
 
@@ -384,17 +392,8 @@ def finetune(folder: Path, stage: str, clips, subset: Tensor, config: VideoMAECo
         new_head = model.classifier  # also where an old one would fit
         model = VideoMAEForVideoClassification.from_pretrained(init, **changes)
         model.classifier = new_head
-    model.to(DEVICE)
-
-    def loss_of(model, frames, labels, colours):
-        pixel_values = normalize(frames)
-        if recipe.colour_jitter:
-            pixel_values = colour_jitter(pixel_values, colours)
-        logits = model(pixel_values).logits.float()
-        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-
     batches = Batches(clips, subset, recipe.finetune_batch, recipe)
-    return model, train(folder, stage, model, batches, loss_of, recipe, steps, rate,
+    return model, train(folder, stage, model.to(DEVICE), batches, recipe, steps, rate,
                         betas=(0.9, 0.999), layer_decay=layer_decay)
 
 
