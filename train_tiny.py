@@ -11,7 +11,6 @@ Everything goes to runs/NAME/: table, summary.json, metrics.jsonl, pictures, and
 Every field of a recipe, below, is also an option: --pretrain-steps 300.
 """
 import argparse
-import contextlib
 import json
 import logging
 import math
@@ -25,7 +24,6 @@ from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,7 +41,7 @@ from tiny.augment import colour_jitter, flip
 from tiny.evaluate import choose_labelled, linear_probe, probabilities, scores
 from tiny.muon import Muon
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
-from tiny.videos import LongVideo, VideoClips, download_ucf101_subset, load_videos
+from tiny.videos import LongVideo, load_videos
 from videomae import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -58,10 +56,9 @@ from videomae import (
 )
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-if torch.cuda.is_available():
-    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-else:
-    DEVICE = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+DEVICE = torch.device("cpu")
+if torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator()
 
 
 # ---- Recipes ------------------------------------------------------------------------------------
@@ -74,7 +71,7 @@ class Recipe:
     what all processes see in a step.
     """
 
-    data: str = "synthetic"  # or a folder, or "ucf101-subset", which is downloaded
+    data: str = "synthetic"  # or a folder
     split: int = 1  # of UCF101's three official ones
     cache: str = "runs/.cache"  # of decoded videos
     init: str = ""  # weights to start from: a run, a checkpoint or a hub id
@@ -95,7 +92,6 @@ class Recipe:
     labels_per_class: int = 0  # how many clips of a class have a label; 0 = all
     unlabelled_clips: int = 10_000  # synthetic clips to pretrain on
     test_clips: int = 1024  # synthetic clips held out
-    max_broken: float = 0.1  # share of the videos that may be unreadable
     max_minutes: float = 60.0  # of a video; the rest is not used
     cache_gb: float = 20.0  # refuse a folder whose decoded frames would take more
 
@@ -122,8 +118,8 @@ class Recipe:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self):
-        shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup", "max_broken")
-        may_be_zero = (*shares, "labels_per_class", "scratch_steps", "seed", "weight_decay",
+        shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup")
+        may_be_zero = (*shares, "weight_decay", "labels_per_class", "scratch_steps", "seed",
                        "image_size")
         parts = max(1, WORLD * self.accumulate)
         for name, value in vars(self).items():
@@ -208,20 +204,15 @@ class Batches(Dataset):
 
     def clips_of(self, step: int) -> Tensor:
         """(batch,) the step's part of an endless row of shuffles, every clip once in each."""
-        n, start = len(self.subset), step * self.batch
-        epochs = range(start // n, (start + self.batch - 1) // n + 1)
-        seeds = [torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + e) for e in epochs]
-        shuffles = [torch.randperm(n, generator=seed) for seed in seeds]
-        return self.subset[torch.cat(shuffles)[start - epochs[0] * n :][: self.batch]]
+        n, start, end = len(self.subset), step * self.batch, (step + 1) * self.batch
+        shuffles = []
+        for epoch in range(start // n, (end - 1) // n + 1):
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+            shuffles.append(torch.randperm(n, generator=generator))
+        return self.subset[torch.cat(shuffles)[start % n :][: self.batch]]
 
 
 # ---- Training -----------------------------------------------------------------------------------
-
-def say(*text):
-    """Print, in the first process only."""
-    if RANK == 0:
-        print(*text, flush=True)
-
 
 def wait():
     """Until every process is here."""
@@ -259,12 +250,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """What matrices are multiplied in."""
-    if precision != "auto":
-        return DTYPES[precision]
-    if DEVICE.type != "cuda":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    if precision == "auto":
+        precision = "fp32"
+        if DEVICE.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp16"
+    return DTYPES[precision]
 
 
 def prepare(model, recipe: Recipe):
@@ -273,23 +264,35 @@ def prepare(model, recipe: Recipe):
         for block in model.videomae.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if WORLD > 1:
-        devices = [DEVICE] if DEVICE.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=devices)
+        model = DistributedDataParallel(model)
     return torch.compile(model) if recipe.compile else model
 
 
-def backward(model, batch, loss_of, recipe: Recipe, scaler) -> Tensor:
-    """The gradients of one batch, computed in parts -> its mean loss."""
+def loss_of(model, recipe: Recipe, frames: Tensor, labels: Tensor, colours: Tensor, *mask):
+    """The mean loss of a batch: with a mask, of its reconstruction, else of its classes."""
+    pixel_values = normalize(frames)
+    if mask:
+        return model(pixel_values, mask).loss
+    if recipe.colour_jitter:
+        pixel_values = colour_jitter(pixel_values, colours)
+    logits = model(pixel_values).logits.float()
+    return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+
+
+def backward(model, batch, recipe: Recipe, scaler) -> Tensor:
+    """The gradients of one batch, computed in parts -> its mean loss, over all processes."""
     dtype, total = compute_dtype(recipe.precision), 0.0
     for i, part in enumerate(zip(*(x.chunk(recipe.accumulate) for x in batch), strict=True)):
         part = [x.to(DEVICE, non_blocking=True) for x in part]
-        is_last = i + 1 == recipe.accumulate  # processes exchange gradients once, after it
-        with contextlib.nullcontext() if WORLD == 1 or is_last else model.no_sync(), \
-                torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(model, *part) / recipe.accumulate
+        # Processes exchange gradients once, after the last part.
+        model.require_backward_grad_sync = i + 1 == recipe.accumulate
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, recipe, *part) / recipe.accumulate
         scaler.scale(loss).backward()
         total = total + loss.detach().float()
-    return total
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total / WORLD
 
 
 def update(model, optimizers, scaler, rate: float, gradient_clip: float):
@@ -305,96 +308,71 @@ def update(model, optimizers, scaler, rate: float, gradient_clip: float):
     model.zero_grad()
 
 
-def save_state(folder: Path, parts: dict, **values):
-    """Everything that a killed run needs to resume exactly, and how long its log was."""
-    if not all(x.isfinite().all() for x in parts["model"].parameters()):
-        raise FloatingPointError("weights are not finite; the last checkpoint.pt is still good")
+def save_state(path: Path, parts: dict, losses: Tensor, step: int, seconds: float):
+    """Everything that a killed run needs to resume exactly; losses go to metrics.jsonl as well."""
+    if not all(x.isfinite().all() for x in (losses[:step], *parts["model"].parameters())):
+        raise FloatingPointError(f"{path.stem}: a loss or a weight before step {step} is not "
+                                 f"finite; the last {path} is still good")
     if RANK == 0:
-        with open(folder / "metrics.jsonl", "a") as log:
-            state = values | {"log_size": log.tell()}
+        state = dict(losses=losses, step=step, seconds=seconds)
         state |= {name: part.state_dict() for name, part in parts.items()}
-        write_whole(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_whole(path, lambda file: torch.save(state, file))
+        metrics = [m for m in read_metrics(path.parent) if m["stage"] != path.stem]
+        metrics += [dict(stage=path.stem, step=step, loss=loss)
+                    for step, loss in enumerate(losses[:step].tolist())]
+        text = "".join(f"{json.dumps(m)}\n" for m in metrics)
+        write_whole(path.with_name("metrics.jsonl"), lambda file: file.write(text.encode()))
 
 
-def restore_state(folder: Path, parts: dict, stage: str) -> tuple[int, float]:
-    """-> the step and the seconds to resume from; zeros where this stage was not begun."""
-    path = folder / "checkpoint.pt"
-    state = torch.load(path, map_location=DEVICE, weights_only=True) if path.exists() else {}
-    wait()  # every process has read it before the first one writes
-    if state.get("stage") != stage:
-        return 0, 0.0
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    if RANK == 0:
-        os.truncate(folder / "metrics.jsonl", state["log_size"])  # later steps are written again
-    say(f"{stage}: resumes at step {state['step']}")
-    return state["step"], state["seconds"]
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_losses(folder: Path, stage: str, first: int, losses: list[Tensor]) -> list[float]:
-    """The losses of steps `first`, first + 1, ... -> lines of metrics.jsonl; their mean over the
-    processes."""
-    losses = torch.stack(losses)
-    if WORLD > 1:
-        dist.all_reduce(losses)
-    losses = (losses / WORLD).tolist()
-    for step, loss in enumerate(losses, first):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{stage}: the loss is {loss} at step {step}; the last "
-                                     "checkpoint.pt is still good")
-    if RANK == 0:
-        with open(folder / "metrics.jsonl", "a") as file:
-            for step, loss in enumerate(losses, first):
-                print(json.dumps(dict(stage=stage, step=step, loss=loss)), file=file)
-    return losses
-
-
-def train(folder: Path, stage: str, model, batches: Batches, loss_of, recipe: Recipe, steps: int,
+def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, steps: int,
           base_lr: float, betas, layer_decay: float = 1.0, every_tenth=lambda model: None) -> dict:
     """Train a model in place -> its first and last loss.
 
-    loss_of(model, *batch) is the mean loss of a batch. The whole state is saved every
-    `checkpoint_every` steps; losses go to metrics.jsonl. every_tenth(model) is called ten times.
+    The whole state is saved to FOLDER/STAGE.pt every `checkpoint_every` steps and at the end; a run
+    that finds it there resumes from it, a finished stage too. every_tenth(model) is called ten
+    times.
     """
-    peak = base_lr * batches.batch / 256
+    peak, path = base_lr * batches.batch / 256, folder / f"{stage}.pt"
     optimizers = make_optimizers(model, recipe, betas, layer_decay)
     is_fp16 = compute_dtype(recipe.precision) == torch.float16
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=is_fp16)
     parts = dict(model=model, scaler=scaler, **optimizers)
-    first, seconds = restore_state(folder, parts, stage)
-    start, trained, losses = time.perf_counter() - seconds, prepare(model, recipe), []
+    state = dict(step=0, seconds=0.0, losses=torch.zeros(steps, device=DEVICE))
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        print(f"{stage}: resumes at step {state['step']}")
+    first, losses = state["step"], state["losses"]
+    start, trained = time.perf_counter() - state["seconds"], prepare(model, recipe)
+
     workers = 0 if isinstance(batches.clips, SyntheticClips) else max(1, (os.cpu_count() or 1) // 4)
     loader = DataLoader(batches, batch_size=None, sampler=range(first, steps), num_workers=workers)
     bar = tqdm(loader, stage, steps - first, leave=False, disable=True if RANK else None)
     model.train()
     for step, batch in enumerate(bar, first):
         if step % recipe.checkpoint_every == 0:
-            seconds = time.perf_counter() - start
-            save_state(folder, parts, stage=stage, step=step, seconds=seconds)
+            save_state(path, parts, losses, step, time.perf_counter() - start)
         torch.manual_seed(recipe.seed * 1_000_000_007 + step * WORLD + RANK)  # dropout, drop path
-        losses.append(backward(trained, batch, loss_of, recipe, scaler))
+        losses[step] = backward(trained, batch, recipe, scaler)
         rate = learning_rate(step, steps, peak, recipe.warmup)
         update(model, optimizers.values(), scaler, rate, recipe.gradient_clip)
-        # Losses are looked at, and a GPU waited for, every ten steps only.
-        done = step + 1
-        if done % 10 == 0 or done == steps or done % recipe.checkpoint_every == 0:
-            last = write_losses(folder, stage, done - len(losses), losses)[-1]
-            bar.set_postfix_str(f"loss {last:.3f}")
-            losses = []
-        if done % max(1, steps // 10) == 0 and RANK == 0:
+        if step % 10 == 0:  # not more often, since a GPU is waited for
+            bar.set_postfix_str(f"loss {losses[step]:.3f}")
+        if (step + 1) % max(1, steps // 10) == 0 and RANK == 0:
             every_tenth(model)
             model.train()
-    wait()
-    losses = [m["loss"] for m in read_metrics(folder) if m["stage"] == stage]
-    tail, seconds = losses[-max(1, steps // 10) :], time.perf_counter() - start
-    last = sum(tail) / len(tail)
-    say(f"{stage}: loss {losses[0]:.3f} -> {last:.3f} in {steps} steps, {seconds:.0f} s")
-    return dict(loss_first=losses[0], loss_last=last, seconds=round(seconds, 1))
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = time.perf_counter() - start
+    save_state(path, parts, losses, steps, seconds)
+    last = losses[-max(1, steps // 10) :].mean().item()
+    print(f"{stage}: loss {losses[0]:.3f} -> {last:.3f} in {steps} steps, {seconds:.0f} s")
+    return dict(loss_first=losses[0].item(), loss_last=last, seconds=round(seconds, 1))
 
 
 # ---- The two stages -----------------------------------------------------------------------------
@@ -405,12 +383,9 @@ def pretrain(folder: Path, clips, config: VideoMAEConfig, recipe: Recipe, pictur
     torch.manual_seed(recipe.seed)
     model = VideoMAEForPreTraining(config).to(DEVICE)
 
-    def loss_of(model, frames, labels, colours, *mask):
-        return model(normalize(frames), mask).loss
-
     everything = torch.arange(len(clips.labels))
     batches = Batches(clips, everything, recipe.pretrain_batch, recipe, config.grid)
-    return model, train(folder, "pretrain", model, batches, loss_of, recipe, recipe.pretrain_steps,
+    return model, train(folder, "pretrain", model, batches, recipe, recipe.pretrain_steps,
                         recipe.pretrain_lr, betas=(0.9, 0.95), every_tenth=picture)
 
 
@@ -431,17 +406,8 @@ def finetune(folder: Path, stage: str, clips, subset: Tensor, config: VideoMAECo
         new_head = model.classifier  # also where an old one would fit
         model = VideoMAEForVideoClassification.from_pretrained(init, **changes)
         model.classifier = new_head
-    model.to(DEVICE)
-
-    def loss_of(model, frames, labels, colours):
-        pixel_values = normalize(frames)
-        if recipe.colour_jitter:
-            pixel_values = colour_jitter(pixel_values, colours)
-        logits = model(pixel_values).logits.float()
-        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-
     batches = Batches(clips, subset, recipe.finetune_batch, recipe)
-    return model, train(folder, stage, model, batches, loss_of, recipe, steps, rate,
+    return model, train(folder, stage, model.to(DEVICE), batches, recipe, steps, rate,
                         betas=(0.9, 0.999), layer_decay=layer_decay)
 
 
@@ -450,98 +416,65 @@ SAMPLING = ("fps", "views", "crops")
 
 # ---- A run --------------------------------------------------------------------------------------
 
-class Data(NamedTuple):
-    """What a run trains and tests on."""
-
-    clips: SyntheticClips | VideoClips
-    labelled: Tensor  # indices of the clips whose labels are used
-    test_clips: SyntheticClips | VideoClips
-
-
-def load_data(config: VideoMAEConfig, recipe: Recipe) -> Data:
+def load_data(config: VideoMAEConfig, recipe: Recipe) -> tuple:
     """Clips to train on, and clips held out."""
     if recipe.data == "synthetic":
-        gigabytes = recipe.unlabelled_clips * config.num_patches * config.patch_dim / 1e9
-        if gigabytes > 4:
-            raise ValueError(f"--data: synthetic clips of this size would take {gigabytes:.0f} GB, "
-                             "expected --data FOLDER for a large model")
         seed = HELD_OUT_SEEDS["val" if recipe.validate else "test"]
-        clips = SyntheticClips(recipe.unlabelled_clips, config, recipe.seed)
         test_clips = SyntheticClips(recipe.test_clips, config, seed)
-    elif recipe.validate:
+        return SyntheticClips(recipe.unlabelled_clips, config, recipe.seed), test_clips
+    if recipe.validate:
         raise ValueError("--validate: a folder has no validation clips")
-    else:
-        if RANK:
-            wait()  # until the first process has downloaded and decoded
-        cache, folder = Path(recipe.cache), Path(recipe.data)
-        if recipe.data == "ucf101-subset":
-            folder = download_ucf101_subset(cache)
-        clips, test_clips = load_videos(folder, config, recipe, cache, say)
-        if RANK == 0:
-            wait()
-    labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
-    say(f"{device_name()}; {len(clips.labels)} clips to train on, {len(labelled)} with labels of "
-        f"{len(clips.classes)} classes; {len(test_clips.labels)} held out")
-    return Data(clips, labelled, test_clips)
+    if RANK:
+        wait()  # until the first process has decoded
+    clips = load_videos(config, recipe)
+    if RANK == 0:
+        wait()
+    return clips
 
 
 def run(folder: Path, stage: str, recipe: Recipe) -> dict:
-    """Pretrain, fine-tune, probe, train from scratch: what summary.json does not have yet."""
+    """Pretrain, probe, fine-tune, train from scratch -> what summary.json holds."""
     size = {"image_size": recipe.image_size} if recipe.image_size else {}
     config = VideoMAEConfig.preset(recipe.model, **size)
     if recipe.init:
         config = VideoMAEModel.from_pretrained(recipe.init).config
     random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)  # a wrong one, before the work
-    data = load_data(config, recipe)
-    path, labels = folder / "summary.json", data.test_clips.labels
-    summary = json.loads(path.read_text()) if path.exists() else dict(
-        device=device_name(), processes=WORLD, torch=torch.__version__, recipe=asdict(recipe),
-        config=asdict(config), classes=data.clips.classes, seconds={},
-        **scores("majority", data.clips.labels.mode().values, labels))
+    clips, test_clips = load_data(config, recipe)
+    labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
+    print(f"{device_name()}; {len(clips.labels)} clips to train on, {len(labelled)} with labels of "
+          f"{len(clips.classes)} classes; {len(test_clips.labels)} held out")
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for half_written in folder.glob("*.tmp"):
-            shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
         write_json(folder / "settings.json", dict(stage=stage, recipe=asdict(recipe)))
-    wait()
-    ways = ["pretrain"] * (not recipe.init)
-    if stage != "pretrain":
-        ways += ["finetune", "linear_probe"] + ["scratch_full_time"] * (recipe.scratch_steps > 0)
-    for way in ways:
-        if way not in summary["seconds"]:
-            result, predictions = run_stage(way, folder, data, config, recipe)
-            summary["seconds"][way] = result.pop("seconds")
-            summary |= {f"{way}_{key}": value for key, value in result.items()}
-            if predictions is not None:
-                summary |= scores(way, predictions, labels)
-            if RANK == 0:
-                write_json(path, summary)
-            wait()
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return summary
 
+    def draw(model):
+        report.draw_reconstruction(model, test_clips, recipe, folder / "reconstruction.gif")
 
-def run_stage(way: str, folder: Path, data: Data, config: VideoMAEConfig, recipe: Recipe) -> tuple:
-    """-> a result with its "seconds", and predictions for the held-out clips, or None."""
+    results, predictions = {}, {"majority": clips.labels.mode().values}
     pretrained = Path(recipe.init or folder / "pretrained")
-    if way == "pretrain":
-        def picture(model):
-            path = folder / "reconstruction.gif"
-            report.draw_reconstruction(model, data.test_clips, recipe, path)
-
-        model, result = pretrain(folder, data.clips, config, recipe, picture)
+    if not recipe.init:
+        model, results["pretrain"] = pretrain(folder, clips, config, recipe, draw)
         save_model(model, pretrained)
-        return result, None
-    if way == "linear_probe":
-        start = time.perf_counter()
-        encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
-        predictions = linear_probe(encoder, *data)
-        return dict(seconds=round(time.perf_counter() - start, 1)), predictions
-    init = pretrained if way == "finetune" else None
-    model, result = finetune(folder, way, data.clips, data.labelled, config, recipe, init)
-    if init:
+    if stage != "pretrain":
+        model, results["finetune"] = finetune(
+            folder, "finetune", clips, labelled, config, recipe, pretrained)
         save_model(model, folder / "finetuned")
-    return result, probabilities(model, data.test_clips).argmax(dim=1)
+        predictions["finetune"] = probabilities(model, test_clips).argmax(dim=1)
+        encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
+        predictions["linear_probe"] = linear_probe(encoder, clips, labelled, test_clips)
+    if stage != "pretrain" and recipe.scratch_steps:
+        model, results["scratch_full_time"] = finetune(
+            folder, "scratch_full_time", clips, labelled, config, recipe, init=None)
+        predictions["scratch_full_time"] = probabilities(model, test_clips).argmax(dim=1)
+
+    summary = dict(
+        device=device_name(), processes=WORLD, torch=torch.__version__, recipe=asdict(recipe),
+        config=asdict(config), classes=clips.classes,
+        seconds={way: result.pop("seconds") for way, result in results.items()})
+    for way, result in results.items():
+        summary |= {f"{way}_{key}": value for key, value in result.items()}
+    for way, predicted in predictions.items():
+        summary |= scores(way, predicted, test_clips.labels)
+    return summary
 
 
 def write_json(path: Path, content: dict):
@@ -550,15 +483,14 @@ def write_json(path: Path, content: dict):
 
 
 def save_model(model, folder: Path):
-    """A directory that `from_pretrained` reads, whole or absent, with the processor for it."""
-    if RANK:
-        return
-    temporary, size = folder.with_name(f"{folder.name}.tmp"), model.config.image_hw[0]
-    shutil.rmtree(folder, ignore_errors=True)  # of this run, when it was killed before
-    model.save_pretrained(temporary)
-    VideoMAEImageProcessor(size=size, crop_size=size, image_mean=IMAGENET_MEAN,
-                           image_std=IMAGENET_STD).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    """A directory that `from_pretrained` reads, with the processor for it."""
+    if RANK == 0:
+        size = model.config.image_hw[0]
+        shutil.rmtree(folder, ignore_errors=True)  # of this run, when it was killed before
+        model.save_pretrained(folder)
+        VideoMAEImageProcessor(size=size, crop_size=size, image_mean=IMAGENET_MEAN,
+                               image_std=IMAGENET_STD).save_pretrained(folder)
+    wait()
 
 
 def device_name() -> str:
@@ -580,9 +512,9 @@ def predict(videos: list[str], recipe: Recipe, changes: dict):
     for video in videos:
         shares = probabilities(model, LongVideo(Path(video), config, recipe))[0]
         likely = shares.topk(min(5, len(names)))
-        say(video)
+        print(video)
         for share, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
-            say(f"  {100 * share:5.1f} %  {names[i]}")
+            print(f"  {100 * share:5.1f} %  {names[i]}")
 
 
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
@@ -647,25 +579,31 @@ def main(argv=None):
     folder = Path(args.resume) if args.resume else output_folder(recipe)
     if WORLD > 1:
         if DEVICE.type == "cuda":
-            torch.cuda.set_device(DEVICE)
-        # The others wait while the first one decodes and evaluates, for hours if need be.
-        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait while the first one decodes, for hours if need be.
+        dist.init_process_group(timeout=timedelta(days=1))
         wait()  # until every process has looked for a free name
-    say(f"output: {folder}/")
-    try:
-        summary = run(folder, args.stage, recipe)
+    print(f"output: {folder}/")
+    path = folder / "summary.json"
+    try:  # a finished run is not run again
+        summary = json.loads(path.read_text()) if path.exists() else run(folder, args.stage, recipe)
     except KeyboardInterrupt:
-        say(f"\nInterrupted. To go on: python train_tiny.py --resume {folder}")
+        print(f"\nInterrupted. To go on: python train_tiny.py --resume {folder}")
         raise SystemExit(130) from None
+    text = report.table([summary])
     if RANK == 0:
         report.draw_curves(read_metrics(folder), folder / "curves.png")
-        text = report.table([summary])
         (folder / "table.md").write_text(text + "\n")
-        say(f"\n{text}\n\nEverything is in {folder}/")
+        write_json(path, summary)
+        for file in (*folder.glob("*.pt"), *folder.glob("*.tmp")):
+            file.unlink()  # what only an interrupted run needs
+    print(f"\n{text}\n\nEverything is in {folder}/")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # only the first process speaks
     try:
         main()
     except (ValueError, FloatingPointError, OSError, ImportError) as error:

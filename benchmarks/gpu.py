@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny.videos import videos_in  # noqa: E402
+from tiny.videos import find_videos  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAIN = ROOT / "train_tiny.py"
@@ -101,7 +101,7 @@ def real_videos(args, work: Path) -> tuple[bool, str]:
     few = ["--model", "tiny", *FEW[4:]] * args.small
     folder = args.data.resolve()
     went_well, output = call(TRAIN, "--data", folder, *few, "--name", "real", cwd=work)
-    video, *_ = videos_in(folder)
+    (video, _), *_ = find_videos(folder, split=1)
     predicted, more = call(TRAIN, "predict", "--init", "runs/real", video, cwd=work)
     return went_well and predicted, output + more
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpu import ROOT, TRAIN, call, write_page
 
-from tiny.videos import videos_in
+from tiny.videos import find_videos
 
 
 def published_values(args, work: Path) -> tuple[bool, str]:
@@ -22,7 +22,7 @@ def classified(args, work: Path) -> tuple[bool, str]:
     """A published classifier names what one of the videos shows."""
     model = ROOT / "golden/hf_classify_tiny" if args.small else (
         "MCG-NJU/videomae-base-finetuned-kinetics")
-    video, *_ = videos_in(args.data.resolve())
+    (video, _), *_ = find_videos(args.data.resolve(), split=1)
     return call(TRAIN, "predict", "--init", model, video, cwd=work)
 
 

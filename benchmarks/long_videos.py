@@ -27,10 +27,10 @@ from videomae import VideoMAEConfig, VideoMAEForVideoClassification
 
 what, video, config = sys.argv[1], Path(sys.argv[2]), VideoMAEConfig.preset("laptop")
 if what == "batch":
-    decoded = decode(video, 112, Path("cache"), Recipe())
+    decoded = decode(video, 112, Recipe())
 start = time.perf_counter()
 if what == "decode":
-    size = decode(video, 112, Path("cache"), Recipe()).stat().st_size / 1e6
+    size = decode(video, 112, Recipe()).stat().st_size / 1e6
     print(f"cache {size:.0f} MB,", end=" ")
 elif what == "batch":
     clips = VideoClips(["A"], [decoded], torch.zeros(1, dtype=torch.int64), config, Recipe())

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import train_tiny
 from tests.helpers import write_video
-from tiny.augment import colour_jitter, flip
 from tiny.evaluate import percent
 from tiny.muon import Muon
 from tiny.synthetic import HELD_OUT_SEEDS, SyntheticClips
@@ -103,7 +102,6 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask", "diagonal"], "kind: got 'diagonal'"),
     (["--mask-ratio", "0.01"], "mask_ratio: 0.01 masks 0"),
-    (["--drop-path", "1"], "--drop-path: got 1.0, expected less than 1"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got"),
@@ -116,8 +114,7 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["finetune"], "--init: finetune needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0"),
     (["--init", "x/y", "--model", "tiny"], "--init: its weights say the model"),
-    (["--model", "laptop"], "--data: synthetic clips of this size would take 6 GB"),
-    (["finetune", "--init", "nowhere"], "source: nowhere is not a file"),
+    (["finetune", "--init", "nowhere"], "source: nowhere is neither here nor on the hub"),
 ])
 def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -162,7 +159,9 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_losses(tmp_path):
     for name in ("pretrained", "finetuned"):
         a, b = (load_file(folder / name / "model.safetensors") for folder in folders)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert not list((tmp_path / "runs/killed").glob("*.tmp")), "nothing half-written is left"
+    assert {file.name for file in (tmp_path / "runs/killed").iterdir()} == FILES, "nothing else"
+    output = succeed("--resume", "runs/killed", cwd=tmp_path)
+    assert "pretrain: loss" not in output and "fine-tuned" in output, "it was finished"
 
 
 def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
@@ -184,9 +183,9 @@ def test_two_processes_and_two_parts_give_the_losses_of_one(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     status, output = command(*TOY, "--pretrain-lr", 1e30, "--name", "nan", cwd=tmp_path)
     assert status != 0 and "Traceback" not in output
-    assert re.search(r"pretrain: the loss is (nan|inf) at step|weights are not finite", output)
+    assert re.search(r"pretrain: a loss or a weight before step \d+ is not finite", output)
     assert not (tmp_path / "runs/nan/pretrained").exists()
-    state = torch.load(tmp_path / "runs/nan/checkpoint.pt", weights_only=True)
+    state = torch.load(tmp_path / "runs/nan/pretrain.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["model"].values())
 
 
@@ -206,7 +205,7 @@ def video_folder(tmp_path):
 
 
 VIDEOS = ["--fps", 12.5, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetune-steps", 2,
-          "--finetune-batch", 4, "--scratch-steps", 2, "--views", 2, "--max-broken", 0.2]
+          "--finetune-batch", 4, "--scratch-steps", 2, "--views", 2]
 
 
 def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
@@ -234,8 +233,6 @@ def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
     broken = video_folder / "Left/v_Left_g09_c01.mp4"
     status, output = command("predict", *init, broken, cwd=tmp_path)
     assert status != 0 and broken.name in output and "Traceback" not in output
-    status, output = command(*data, "--model", "tiny", *VIDEOS, "--max-broken", 0.01, cwd=tmp_path)
-    assert status != 0 and "--max-broken: 1 of 11" in output
 
 
 def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):
@@ -254,26 +251,18 @@ def test_every_tensor_is_made_on_the_models_device(task, monkeypatch):
     meta = torch.device("meta")
     monkeypatch.setattr(train_tiny, "DEVICE", meta)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no meta
-    recipe = Recipe(optimizer="muon", drop_path=0.5, accumulate=2)
+    recipe = Recipe(optimizer="muon", drop_path=0.5, accumulate=2, colour_jitter=True)
     config = VideoMAEConfig.preset("tiny", num_labels=8, use_mean_pooling=task == "classify",
                                    drop_path_rate=0.5, hidden_dropout_prob=0.1)
-
-    def pretrain_loss(model, frames, labels, colours, *mask):
-        return model(normalize(frames), mask).loss
-
-    def classify_loss(model, frames, labels, colours):
-        return model(colour_jitter(flip(normalize(frames), colours[:, 0]), colours), labels).loss
-
-    cls, loss_of, grid = {
-        "pretrain": (VideoMAEForPreTraining, pretrain_loss, config.grid),
-        "classify": (VideoMAEForVideoClassification, classify_loss, None)}[task]
+    cls, grid = {"pretrain": (VideoMAEForPreTraining, config.grid),
+                 "classify": (VideoMAEForVideoClassification, None)}[task]
     model = cls(config).to(meta)
     batch = train_tiny.Batches(SyntheticClips(8, TINY, 0), torch.arange(8), 4, recipe, grid)[0]
     scaler = torch.amp.GradScaler("meta", enabled=False)
     optimizers = train_tiny.make_optimizers(model, recipe, (0.9, 0.95), 0.75)
     for group in optimizers["adamw"].param_groups:
         group["fused"] = False  # has no meta
-    loss = train_tiny.backward(model, batch, loss_of, recipe, scaler)
+    loss = train_tiny.backward(model, batch, recipe, scaler)
     train_tiny.update(model, optimizers.values(), scaler, 1e-3, 1.0)
     assert loss.device == meta
     pixel_values = torch.empty(2, 8, 3, 32, 32, device=meta)

@@ -1,32 +1,25 @@
 """Crops of 8-bit clips, and augmentation of normalized ones. The random numbers are arguments, so
 that the same numbers always give the same clips."""
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from processor import resize
 
-
-def square_crop(clip: Tensor, size: int, place: float) -> Tensor:
-    """(T, C, H, W) uint8 -> (T, C, size, size): the whole shorter side, and of the longer one a
-    part whose place is from 0, its start, to 1, its end."""
-    clip = resize(clip, shortest_edge=size)
-    top, left = (round(place * (side - size)) for side in clip.shape[-2:])
-    return clip[..., top : top + size, left : left + size]
-
-
-def multi_scale_crop(clip: Tensor, size: int, random: list[float]) -> Tensor:
-    """(T, C, H, W) uint8 -> (T, C, size, size): a random rectangle; random: 3 numbers in [0, 1].
+def multi_scale_crop(clip: Tensor, size: int, place: Sequence[float]) -> Tensor:
+    """(T, C, H, W) uint8 -> (T, C, size, size): a rectangle; place: its scale, top and left, each
+    from 0, the largest or first, to 1.
 
     Its height and width are 1, 0.875, 0.75 or 0.66 of the shorter side, at most one step apart.
     The authors' GroupMultiScaleCrop, but anywhere and not at 13 fixed places.
     """
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    chosen = pairs[min(int(random[0] * len(pairs)), len(pairs) - 1)]
+    chosen = pairs[min(int(place[0] * len(pairs)), len(pairs) - 1)]
     height, width = (round(scale * min(clip.shape[-2:])) for scale in chosen)
-    top = int(random[1] * (clip.shape[-2] - height + 1))
-    left = int(random[2] * (clip.shape[-1] - width + 1))
+    top = round(place[1] * (clip.shape[-2] - height))
+    left = round(place[2] * (clip.shape[-1] - width))
     crop = clip[..., top : top + height, left : left + width]
     crop = crop.contiguous(memory_format=torch.channels_last)  # torch's fast 8-bit path
     return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)

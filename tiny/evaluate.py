@@ -41,19 +41,17 @@ def scores(way: str, predictions: Tensor, labels: Tensor) -> dict:
 
 def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
     """Logistic regression on frozen features -> (n,) predictions for the test clips."""
-    def features(clips, indices):
-        def mean_token(pixel_values):
-            return encoder(pixel_values).last_hidden_state.mean(dim=1)  # (B, D)
+    def mean_token(pixel_values):
+        return encoder(pixel_values).last_hidden_state.mean(dim=1)  # (B, D)
 
-        return mean_over_views(encoder, mean_token, clips, indices)
-
-    x, y = features(clips, subset), clips.labels[subset]
-    x_test = features(test_clips, torch.arange(len(test_clips.labels)))
+    everything = torch.arange(len(test_clips.labels))
+    x, y = mean_over_views(encoder, mean_token, clips, subset), clips.labels[subset]
+    x_test = mean_over_views(encoder, mean_token, test_clips, everything)
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     probe = nn.Linear(x.shape[1], len(clips.classes))
-    for parameter in probe.parameters():  # nothing random: a resumed run gets the same probe
-        nn.init.zeros_(parameter)
+    nn.init.zeros_(probe.weight)  # nothing random: a resumed run gets the same probe
+    nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():

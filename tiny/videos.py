@@ -1,27 +1,25 @@
-"""Videos from a folder: found, decoded once into a cache, split, and sampled as clips.
+"""Videos from a folder: found, split, decoded once into a cache, and sampled as clips.
 
-Wrong input raises a ValueError that names the option, what came and what was expected. `say` is a
-function of a text for the user.
+Wrong input raises a ValueError that names the option or the file.
 """
 import contextlib
 import hashlib
 import os
 import re
-import tarfile
-import tempfile
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import write_whole
-from tiny.augment import multi_scale_crop, square_crop
+from tiny.augment import multi_scale_crop
 from videomae import VideoMAEConfig
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -30,71 +28,66 @@ SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 Video = tuple[Path, str]
 
 
-def load_videos(folder: Path, config: VideoMAEConfig, recipe, cache: Path, say):
-    """A folder, see `find_videos` -> VideoClips for training and for testing."""
-    found = find_videos(folder, recipe.split)
-    classes = sorted({file.parent.name for file, _ in found})
+def load_videos(config: VideoMAEConfig, recipe) -> list["VideoClips"]:
+    """The videos of the recipe's folder, those to train on and those to test on."""
+    videos = find_videos(Path(recipe.data), recipe.split)
+    classes = sorted({file.parent.name for file, _ in videos})
     if len(classes) < 2:
-        raise ValueError(f"--data: got {classes or 'no video'} in {folder}, expected the videos of "
-                         f"two classes or more, Class/*{{{','.join(SUFFIXES)}}}")
-    split_videos(found, classes)  # what cannot be split is refused before hours of decoding
-    files = sorted({file for file, _ in found})
-    decoded = decode_all(files, config.image_hw[0], cache, recipe, say)
+        raise ValueError(f"--data: got {classes or 'no video'} in {recipe.data}, expected the "
+                         f"videos of two classes or more, Class/*{{{','.join(SUFFIXES)}}}")
+    split_videos(videos, classes)  # what cannot be split is refused before hours of decoding
+    decoded = decode_all(sorted({file for file, _ in videos}), config.image_hw[0], recipe)
 
     # Split anew without the broken files: one of them could be all that a class has for testing.
     clips = []
-    for files in split_videos([video for video in found if video[0] in decoded], classes):
+    for files in split_videos([video for video in videos if video[0] in decoded], classes):
         labels = torch.tensor([classes.index(file.parent.name) for file in files])
         clips.append(VideoClips(classes, [decoded[file] for file in files], labels, config, recipe))
-    return tuple(clips)
+    return clips
 
 
 def find_videos(folder: Path, split: int) -> list[Video]:
     """The videos of a folder. The first of these layouts counts:
 
-    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them, or UCF101's
-       in ucfTrainTestlist/, of which `split` is followed
-    2. train/Class/* and test/Class/* (or val/Class/*)
-    3. Class/*
+    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them
+    2. Class/* and UCF101's lists in ucfTrainTestlist/, of which `split` is followed
+    3. train/Class/* and test/Class/* (or val/Class/*)
+    4. Class/*
     """
     held_out = "test" if any((folder / f"test{end}").exists() for end in ("", ".csv")) else "val"
-    official = folder / "ucfTrainTestlist"
-    if (folder / "train.csv").is_file():
-        lists = {"train": folder / "train.csv", "test": folder / f"{held_out}.csv"}
-    elif official.is_dir():
-        lists = {side: official / f"{side}list{split:02}.txt" for side in ("train", "test")}
-    elif (folder / "train").is_dir() and (folder / held_out).is_dir():
-        return [(file, side) for side, part in (("train", "train"), ("test", held_out))
-                for file in videos_in(folder / part)]
-    else:
-        return [(file, "") for file in videos_in(folder)]
-    videos = []
-    for side, path in lists.items():
-        if not path.is_file():
-            raise ValueError(f"--data, --split: {path} is missing")
+    official = f"ucfTrainTestlist/{{}}list{split:02}.txt"
+    layouts = {  # what is there -> where the two sides are
+        "train.csv": ("train.csv", f"{held_out}.csv"),
+        "ucfTrainTestlist": (official.format("train"), official.format("test")),
+        held_out: ("train", held_out),
+    }
+    for name, (train, test) in layouts.items():
+        if (folder / name).exists():
+            sides = {"train": folder / train, "test": folder / test}
+            return [(file, side) for side in sides for file in videos_in(sides[side], folder)]
+    return [(file, "") for file in videos_in(folder, folder)]
+
+
+def videos_in(place: Path, folder: Path) -> list[Path]:
+    """Sorted: the files Class/* of a place or, where it is a list, those it names in `folder`."""
+    if place.suffix in (".csv", ".txt"):
         # A line is a path, and perhaps a space and the number of the class.
-        names = [re.sub(r" \d+$", "", line.strip()) for line in path.read_text().splitlines()]
-        files = [folder / name for name in names if name]
-        videos += [(file, side) for file in files if file.parent.is_dir()]  # of the classes here
-    return sorted(videos)
-
-
-def videos_in(folder: Path) -> list[Path]:
-    """FOLDER/Class/*, sorted."""
-    return [file for file in sorted(folder.glob("*/*"))
+        names = re.findall(r"^(.+?)(?: \d+)? *$", place.read_text(), re.MULTILINE)
+        files = [folder / name for name in names]
+        return sorted(file for file in files if file.parent.is_dir())  # of the classes here
+    return [file for file in sorted(place.glob("*/*"))
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
 
 def split_videos(videos: list[Video], classes: list[str]) -> tuple[list[Path], list[Path]]:
     """-> files to train on and files to test on. Without lists, every fifth scene of a class is for
     testing. A scene is a UCF101 group, `_g07_` in the names, or else a single file."""
-    sides, scenes = {"train": [], "test": []}, {name: [] for name in classes}
+    sides, scenes = {"train": [], "test": []}, defaultdict(dict)
     for file, side in videos:
         group = re.search(r"_g\d+_", file.name)
-        scene, known = group[0] if group else file.name, scenes[file.parent.name]
-        if scene not in known:
-            known.append(scene)
-        sides[side or ("train" if known.index(scene) % 5 else "test")].append(file)
+        known = scenes[file.parent.name]
+        number = known.setdefault(group[0] if group else file.name, len(known))
+        sides[side or ("train" if number % 5 else "test")].append(file)
     for side, files in sides.items():
         if missing := set(classes) - {file.parent.name for file in files}:
             raise ValueError(f"--data: no {side} video of class {', '.join(sorted(missing))} that "
@@ -102,62 +95,51 @@ def split_videos(videos: list[Video], classes: list[str]) -> tuple[list[Path], l
     return sides["train"], sides["test"]
 
 
-def decode_all(files: list[Path], short_side: int, folder: Path, recipe, say) -> dict[Path, Path]:
+def decode_all(files: list[Path], short_side: int, recipe) -> dict[Path, Path]:
     """Every readable file -> {file: its decoded frames}. Broken ones are named and left out."""
-    longest, seconds = 60 * recipe.max_minutes, {file: duration(file) for file in files}
-    for file in files:
-        if seconds[file] > longest:
-            say(f"{file}: only its first {recipe.max_minutes:g} minutes are used (--max-minutes)")
-    seconds = sum(min(x, longest) for x in seconds.values())
-    gigabytes = 4 * short_side**2 * seconds * recipe.fps / 1e9  # 3 bytes a pixel, if they are 4:3
-    say(f"cache: {folder}/, about {gigabytes:.2f} GB for {seconds / 60:.1f} minutes of video")
+    seconds = [duration(file) for file in files]
+    used = sum(min(x, 60 * recipe.max_minutes) for x in seconds)
+    gigabytes = 4 * short_side**2 * used * recipe.fps / 1e9  # 3 bytes a pixel, if they are 4:3
+    print(f"cache: {recipe.cache}/, about {gigabytes:.2f} GB for {used / 60:.1f} of "
+          f"{sum(seconds) / 60:.1f} minutes of video, the first {recipe.max_minutes:g} of each")
     if gigabytes > recipe.cache_gb:
         raise ValueError(f"--cache-gb: got {recipe.cache_gb}, but {gigabytes:.1f} GB of frames are "
                          "expected; fewer videos, --fps or --max-minutes make it less")
 
     def attempt(file):
         try:
-            return decode(file, short_side, folder, recipe)
-        except ValueError as error:
-            say(f"left out: {error}")
+            return file, decode(file, short_side, recipe)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"left out: {error}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        paths = tqdm(pool.map(attempt, files), "decoding", len(files), leave=False, disable=None)
-        decoded = {file: path for file, path in zip(files, paths, strict=True) if path}
-    num_broken = len(files) - len(decoded)
-    if num_broken > recipe.max_broken * len(files):
-        raise ValueError(f"--max-broken: {num_broken} of {len(files)} videos cannot be read, "
-                         f"expected at most {recipe.max_broken:.0%}")
-    return decoded
+        done = tqdm(pool.map(attempt, files), "decoding", len(files), leave=False, disable=None)
+        return dict(filter(None, done))
 
 
-def decode(file: Path, short_side: int, folder: Path, recipe) -> Path:
+def decode(file: Path, short_side: int, recipe) -> Path:
     """A video -> a .npy file of its frames, (frames, H, W, 3) uint8 with min(H, W) = short_side, as
     many a second as the recipe says. It is decoded once: the cache knows its path, size and time.
     """
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {short_side} {recipe.fps}"
-    key += f" {recipe.max_minutes}"
-    cached = folder / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npy"
+    stat = file.stat()
+    key = file.resolve(), stat.st_size, stat.st_mtime_ns, short_side, recipe.fps, recipe.max_minutes
+    name = hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
+    cached = Path(recipe.cache, f"{name}.npy")
 
     def write(out):
         frames = read_frames(file, short_side, recipe.fps)
         first = next(frames, None)
         if first is None:
             raise ValueError(f"{file}: cannot be decoded, expected a video")
-        count = 0
         # The number of frames is known at the end: numpy leaves room for it in the header.
         header = dict(descr="|u1", fortran_order=False, shape=(0, *first.shape))
         np.lib.format.write_array_header_1_0(out, header)
-        for frame in islice(chain([first], frames), round(60 * recipe.max_minutes * recipe.fps)):
-            if frame.shape == first.shape:
-                out.write(frame.tobytes())
-                count += 1
+        frames = islice(chain([first], frames), round(60 * recipe.max_minutes * recipe.fps))
+        for count, frame in enumerate(frames, start=1):
+            out.write(frame)
+            header["shape"] = count, *first.shape
         out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header | dict(shape=(count, *first.shape)))
+        np.lib.format.write_array_header_1_0(out, header)
 
     if not cached.exists():
         write_whole(cached, write)
@@ -167,8 +149,6 @@ def decode(file: Path, short_side: int, folder: Path, recipe) -> Path:
 def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
     """Yield what is seen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3) uint8;
     of a truncated file what it holds."""
-    import av
-
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
     with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
         stream = container.streams.video[0]
@@ -177,13 +157,14 @@ def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
         rate, origin = float(stream.average_rate or 25), (stream.start_time or 0) * stream.time_base
         if start:
             container.seek(int((start + origin) * av.time_base))  # to a key frame before it
-        wanted = start
+        wanted, size = start, None
         for number, frame in enumerate(container.decode(stream)):
             time = number / rate if frame.time is None else float(frame.time - origin)
             if time + 0.5 / rate < wanted:
                 continue
-            scale = short_side / min(frame.width, frame.height)
-            size = [max(short_side, round(scale * x)) for x in (frame.width, frame.height)]
+            if size is None:
+                sides = frame.width, frame.height
+                size = [max(short_side, round(short_side * x / min(sides))) for x in sides]
             pixels = reformatter.reformat(frame, *size, "rgb24").to_ndarray()
             # A phone held upright stores lying frames, and by how many degrees to turn them.
             pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
@@ -195,38 +176,14 @@ def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
 
 def open_video(file: Path):
     """PyAV's container. Texts in it, such as titles, are not used and may be damaged."""
-    import av
-
     return av.open(str(file), metadata_errors="ignore")
 
 
 def duration(file: Path) -> float:
     """Seconds, from what its header says; 0 where it says nothing."""
-    import av
-
     with contextlib.suppress(av.FFmpegError), open_video(file) as container:
         return (container.duration or 0) / av.time_base
     return 0.0
-
-
-def download_ucf101_subset(cache: Path) -> Path:
-    """The ten classes of Hugging Face's video tutorial -> their folder, downloaded once."""
-    folder = cache / "ucf101-subset"
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        from huggingface_hub import hf_hub_download
-        archive = hf_hub_download("sayakpaul/ucf101-subset", "UCF101_subset.tar.gz",
-                                  repo_type="dataset")
-        with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=cache) as temporary:
-            tar.extractall(temporary, filter="data")  # nothing outside the folder
-            (train,) = Path(temporary).glob("*/train")
-            os.replace(train.parent, folder)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"--data: ucf101-subset cannot be had here ({reason})") from error
-    return folder
 
 
 class VideoClips:
@@ -243,18 +200,17 @@ class VideoClips:
         """indices (B,) -> (B, T, 3, H, W) uint8.
 
         random (B, 4), in [0, 1]: the scale, top, left and start time of a crop, for training.
-        None: one of the views for testing, `crops` places along the longer side at `views` times.
+        None: one of the views for testing, the whole shorter side at `views` times and at `crops`
+        places along the longer side.
         """
-        clips = []
-        for row, index in enumerate(indices.tolist()):
-            if random is None:
-                clip = self.window(self.videos[index], (view // self.crops + 0.5) / self.views)
-                place = view % self.crops / (self.crops - 1) if self.crops > 1 else 0.5
-                clips.append(square_crop(clip, self.size, place))
-            else:
-                *crop, time = random[row].tolist()
-                clip = self.window(self.videos[index], time)
-                clips.append(multi_scale_crop(clip, self.size, crop))
+        if random is None:
+            time, place = divmod(view, self.crops)
+            place = place / (self.crops - 1) if self.crops > 1 else 0.5
+            crops = [(0.0, place, place, (time + 0.5) / self.views)] * len(indices)
+        else:
+            crops = random.tolist()
+        clips = [multi_scale_crop(self.window(self.videos[index], time), self.size, crop)
+                 for index, (*crop, time) in zip(indices.tolist(), crops, strict=True)]
         return torch.stack(clips)
 
     def window(self, video: Path, time: float) -> Tensor:
@@ -285,4 +241,4 @@ class LongVideo(VideoClips):
 def hold_last(frames, count: int) -> Tensor:
     """Frames (H, W, 3) -> (count, 3, H, W); the last is held where they are too few."""
     index = np.minimum(np.arange(count), len(frames) - 1)
-    return rearrange(torch.from_numpy(np.stack(frames)[index]), "t h w c -> t c h w")
+    return torch.from_numpy(np.stack(frames)[index]).permute(0, 3, 1, 2)
