@@ -511,6 +511,19 @@ def test_seam_target_and_loss_of_your_own():
     assert train(model, clip, mask) < 0.5
 
 
+class BlindDecoder(videomae.VideoMAEDecoder):
+    """Predicts from positions alone."""
+
+    def forward(self, encoded, visible, masked):
+        return super().forward(torch.zeros_like(encoded), visible, masked)
+
+
+def test_seam_decoder_of_your_own():
+    model = VideoMAEForPreTraining(VideoMAEConfig(**SMALL), decoder_class=BlindDecoder)
+    clip, mask = clip_and_mask(model.config, kind="tube")
+    assert torch.equal(model(clip, mask).logits, model(clip + 1, mask).logits)
+
+
 class EncoderWithCLS(VideoMAEModel):
     def __init__(self, config):
         super().__init__(config)

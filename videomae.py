@@ -540,11 +540,11 @@ class VideoMAEForPreTrainingOutput(NamedTuple):
 class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     """Masked autoencoder: encoder -> decoder -> loss on the masked patches (paper, section 3)."""
 
-    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel):
+    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel,
+                 decoder_class=VideoMAEDecoder):
         super().__init__()
         self.config = config
-        self.videomae = encoder_class(config)
-        self.decoder = VideoMAEDecoder(config)
+        self.videomae, self.decoder = encoder_class(config), decoder_class(config)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor],
                 return_dict: bool | None = None, **options) -> VideoMAEForPreTrainingOutput:
