@@ -78,6 +78,9 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         matrices = [out.pop(name) for name in names if name in out]
         out[query.replace("query", "qkv")] = torch.cat(matrices)
+    if "videomae.patch_embed.weight" not in out:
+        raise ValueError(f"state_dict: got the names {list(state_dict)[:3]} ..., expected those of "
+                         "a VideoMAE, with an embedding of patches")
     return out
 
 
