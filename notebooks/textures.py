@@ -1,5 +1,5 @@
-"""Clips of the notebooks: a texture that moves as a whole, and the label is its motion. (Those of
-`make train`, in tiny/synthetic.py, film drawn scenes with the same motions.)
+"""Clips of notebooks 1, 4 and 5: a texture that moves as a whole, and the label is its motion.
+(Those of `make train`, in tiny/synthetic.py, film drawn scenes with the same motions.)
 
 The middle frame is the same whatever the label. Towards the ends, a zoom makes a frame finer or
 coarser than most, which tells the two zooms apart and no more.
