@@ -118,6 +118,7 @@ class Recipe:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self):
+        self.data, self.cache, self.init = str(self.data), str(self.cache), str(self.init)
         shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup")
         may_be_zero = (*shares, "weight_decay", "labels_per_class", "scratch_steps", "seed",
                        "image_size")
