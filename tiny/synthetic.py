@@ -28,7 +28,8 @@ class SyntheticClips:
     def __init__(self, count: int, config: VideoMAEConfig, seed: int):
         frames, size = config.num_frames, config.image_hw[0]
         generator = torch.Generator().manual_seed(seed)
-        scenes = torch.cat([draw_scenes(64, 2 * size, generator) for _ in range(8)])
+        chunks = min(8, math.ceil(count / 64))
+        scenes = torch.cat([draw_scenes(64, 2 * size, generator) for _ in range(chunks)])
         self.labels = torch.randint(len(MOTIONS), (count,), generator=generator)  # (count,)
         self.clips = torch.cat([  # (count, T, 3, H, W) uint8
             film(scenes, chunk, frames, size, generator) for chunk in self.labels.split(250)
