@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-logger = logging.getLogger("videomae")  # what is left out or made new is said here
+logger = logging.getLogger("videomae")  # says what is dropped and what is newly initialized
 
 
 # ---- Names and shapes ---------------------------------------------------------------------------
@@ -156,6 +156,8 @@ def write_whole(path: Path, write):
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -174,7 +176,7 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
 
 OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
                 "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
-LIMITS = {  # beyond them, a file's config would fill the memory before its weights are looked at
+LIMITS = {  # a corrupt config must not fill the memory before its weights are looked at
     "num_hidden_layers": (0, 1000), "decoder_num_hidden_layers": (0, 1000),
     "num_patches": (1, 100_000), "initializer_range": (1e-9, 1),
 }
@@ -191,12 +193,12 @@ def fields_from_json(cls, values: dict) -> dict:
     known = {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
     for f in fields(cls):
         if f.name in known and not fits(known[f.name], f.type):
-            raise ValueError(f"{f.name}: got {known[f.name]!r}, expected a usual {f.type}")
+            raise ValueError(f"{f.name}: got {known[f.name]!r}, expected a plausible {f.type}")
     return known | {"extra": values}
 
 
 def fits(value, kind) -> bool:
-    """Whether a value from a JSON file is of a field's kind; an absurd number is of none."""
+    """Whether a value from a JSON file is of a field's kind; a huge number is of none."""
     if isinstance(kind, UnionType):
         return any(fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -240,7 +242,7 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
                      f"{prefix}num_hidden_layers": len(layers)}
             assumed[f"{prefix}num_attention_heads"] = min(width // 64, most_heads)
     if assumed := {name: x for name, x in assumed.items() if name not in known}:
-        logger.warning(f"the weights do not tell, assumed: {assumed}")
+        logger.warning(f"not told by the weights, assumed: {assumed}")
     return told | assumed | known
 
 
@@ -282,7 +284,8 @@ def load_model(cls, source, strict: bool, overrides: dict):
                    if name not in expected or x.shape == expected[name].shape}
 
         # A head is taken whole or not at all; one of other labels is replaced.
-        ours, theirs = ({head for head in HEADS if any(name.startswith(head) for name in names)}
+        heads = *HEADS, "norm."  # the last one is an encoder's alone
+        ours, theirs = ({head for head in heads if any(name.startswith(head) for name in names)}
                         for names in (expected, weights))
         if "num_labels" in overrides and "classifier.weight" in expected.keys() - fitting.keys():
             theirs.discard("classifier.")
@@ -340,7 +343,7 @@ def main(source: str, target: str | None = None, **fields):
         processor = VideoMAEImageProcessor(  # as the authors prepare their clips
             size=min(size.values()), crop_size=size,
             image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD)
-        if (find(source) / "preprocessor_config.json").exists():
+        if "image_size" not in fields and (find(source) / "preprocessor_config.json").exists():
             processor = VideoMAEImageProcessor.from_pretrained(source)
         model.save_pretrained(target)
         processor.save_pretrained(target)

@@ -153,7 +153,7 @@ def test_pretraining_equals_transformers(name):
 
 @pytest.mark.parametrize("name, num_labels", [*((name, 5) for name in CONFIGS), ("small", 1)])
 def test_classifier_equals_transformers(name, num_labels):
-    """With five labels, and with one: regression. A ViT sees every patch, so 8 frames are enough."""
+    """With five labels, and with one: regression. A ViT sees every patch: of 8 frames here."""
     fields = dict(num_labels=num_labels) | (dict(num_frames=8) if name.startswith("ViT") else {})
     ours = VideoMAEForVideoClassification(VideoMAEConfig(**CONFIGS[name] | fields))
     theirs = their_model(name, "VideoMAEForVideoClassification", **fields)

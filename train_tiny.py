@@ -104,7 +104,7 @@ class Recipe:
     scratch_steps: int = 900  # as long as pretraining and fine-tuning take; 0 = no comparison
     scratch_lr: float = 4e-3
 
-    optimizer: str = "adamw"  # "muon": for the matrices, as Muon orthogonalizes their updates
+    optimizer: str = "adamw"  # "muon": Muon for the matrices, AdamW for the rest
     muon_scale: float = 3.0  # Muon's learning rate over AdamW's, which the other parameters have
     weight_decay: float = 0.05  # the authors', for both stages
     warmup: float = 0.05  # share of the steps
@@ -112,7 +112,7 @@ class Recipe:
     layer_decay: float = 0.75  # of the learning rate, layer by layer from the head down
     drop_path: float = 0.1
     accumulate: int = 1  # parts that a batch is computed in, to save memory
-    activation_checkpointing: bool = False  # compute activations again, to save memory
+    activation_checkpointing: bool = False  # recompute them going backward, to save memory
     precision: str = "auto"  # bf16 on a GPU that has it, else fp16 on a GPU, else fp32
     compile: bool = False
     checkpoint_every: int = 100  # steps
@@ -139,9 +139,9 @@ class Recipe:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECIPES = {
-    # Chosen on validation clips (docs/results.md), the rate from scratch too. Muon because it needs
-    # far fewer steps than AdamW to the same loss. Whole frames are masked because the label is how
-    # the camera moves: predicting them takes just that, and tubes learn it more slowly.
+    # Chosen on validation clips (docs/results.md), the rate from scratch too. Muon reaches the same
+    # loss in far fewer steps than AdamW. Whole frames are masked because the label is how the
+    # camera moves: to predict a frame, one has to follow it. Tubes teach that more slowly.
     "synthetic": Recipe(
         model="tiny", mask="frame", views=1, crops=1, flip=False, colour_jitter=True,
         label_smoothing=0.0, labels_per_class=1, layer_decay=1.0, drop_path=0.0, optimizer="muon",
@@ -160,7 +160,7 @@ RECIPES = {
     ),
     # The authors' main settings for UCF101 on 8 GPUs, from scripts/ucf101 and the defaults of
     # run_class_finetuning.py. Of theirs, mixup, cutmix, RandAugment, random erasing, two samples of
-    # a clip in a batch and head dropout are not built here.
+    # a clip in a batch, head dropout and fine-tuning's own warm-up are not built here.
     "ucf101": Recipe(
         model="base",
         pretrain_steps=158_950, pretrain_batch=192, pretrain_lr=3e-4,  # 3,200 epochs, 9,537 clips
@@ -217,7 +217,7 @@ class Batches(Dataset):
 # ---- Training -----------------------------------------------------------------------------------
 
 def wait():
-    """Until every process is here."""
+    """A barrier: wait until every process is here."""
     if WORLD > 1:
         dist.barrier()
 
@@ -225,7 +225,7 @@ def wait():
 def make_optimizers(model, recipe: Recipe, betas, layer_decay: float) -> dict:
     """-> {"adamw": optimizer}, and "muon" where the recipe says so. As the authors': no decay on
     norms, biases and the mask token; learning rates fall by `layer_decay` from the head down. A
-    group's "scale" is its learning rate over the step's."""
+    group's "scale" multiplies the learning rate of the step."""
     top, groups = len(model.videomae.blocks) + 1, {"adamw": [], "muon": []}
     for name, parameter in model.named_parameters():
         block = re.match(r"videomae\.blocks\.(\d+)\.", name)
@@ -303,9 +303,10 @@ def update(model, optimizers, scaler, rate: float, gradient_clip: float):
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-    nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+    if not scaler.is_enabled() or norm.isfinite():  # in fp16 they all skip a step, or none does
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     model.zero_grad()
 
@@ -365,7 +366,7 @@ def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, ste
         losses[step] = backward(trained, batch, recipe, scaler)
         rate = learning_rate(step, steps, peak, recipe.warmup)
         update(model, optimizers.values(), scaler, rate, recipe.gradient_clip)
-        if step % 10 == 0:  # not more often, since a GPU is waited for
+        if step % 10 == 0:  # not every step: to read a loss is to wait for the GPU
             bar.set_postfix_str(f"loss {losses[step]:.3f}")
         if (step + 1) % max(1, steps // 10) == 0 and RANK == 0:
             every_tenth(model)
@@ -539,12 +540,12 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, dict]:
                             help=" / ".join(defaults), **kind)
     args = parser.parse_intermixed_args(argv)  # videos may come after the options
     changes = {f.name: getattr(args, f.name) for f in fields(Recipe) if f.name in args}
-    if args.resume and (changes or args.recipe):
-        raise ValueError("--resume: takes no other option, the run goes on with its own")
+    if args.resume and (changes or args.recipe or args.stage != "all"):
+        raise ValueError("--resume: takes no other options; the run keeps its own")
     if args.stage in ("finetune", "predict") and not changes.get("init"):
         raise ValueError(f"--init: {args.stage} needs a model, for instance runs/synthetic-1")
-    if "init" in changes and ("model" in changes or args.stage == "pretrain"):
-        raise ValueError("--init: its weights say the model, and nothing is pretrained")
+    if "init" in changes and (changes.keys() & {"model", "image_size"} or args.stage == "pretrain"):
+        raise ValueError("--init: its weights say the model and its size; nothing is pretrained")
     if (args.stage == "predict") != bool(args.videos):
         raise ValueError(f"VIDEO: got {len(args.videos)}; predict needs one or more, others none")
     return args, changes
@@ -574,7 +575,7 @@ def main(argv=None):
         model = "finetuned" if args.stage == "predict" else "pretrained"
         found = Path(recipe.init, model)
         recipe = replace(recipe, init=str(found) if found.exists() else recipe.init)
-    else:  # between a run's stages it goes without saying that decoders are dropped, heads are new
+    else:  # within a run, a dropped decoder and a new head are expected
         logging.getLogger("videomae").setLevel(logging.ERROR)
     if args.stage == "predict":
         return predict(args.videos, recipe, changes)
@@ -590,7 +591,9 @@ def main(argv=None):
     try:  # a finished run is not run again
         summary = json.loads(path.read_text()) if path.exists() else run(folder, args.stage, recipe)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. To go on: python train_tiny.py --resume {folder}")
+        started = (folder / "settings.json").exists()  # else it was still decoding, into the cache
+        how = f"python train_tiny.py --resume {folder}" if started else "the same command again"
+        print(f"\nInterrupted. To go on: {how}")
         raise SystemExit(130) from None
     text = report.table([summary])
     if RANK == 0:

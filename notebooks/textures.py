@@ -1,4 +1,4 @@
-"""Clips of notebooks 1, 4 and 5: a texture that moves as a whole, and the label is its motion.
+"""Clips of notebook 5: a texture that moves as a whole, and the label is its motion.
 (Those of `make train`, in tiny/synthetic.py, film drawn scenes with the same motions.)
 
 The middle frame is the same whatever the label. Towards the ends, a zoom makes a frame finer or

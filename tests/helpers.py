@@ -59,12 +59,12 @@ def hub_server(folder: Path):
 
 
 def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt="yuv420p",
-                stamps=None):
+                stamps=None, **options):
     """frames (T, H, W, 3) uint8 -> a video file; stamps: when each is shown, in 1 / rate s."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000

@@ -83,7 +83,7 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     # The saved models are the trained ones.
     model = VideoMAEForPreTraining.from_pretrained(tmp_path / "runs/a/pretrained")
     clips = SyntheticClips(64, model.config, seed=9).clips
-    mask = random_mask("tube", 64, model.config.grid, 0.75)
+    mask = random_mask("frame", 64, model.config.grid, 0.75)
     loss = model(normalize(clips), mask).loss.item()
     assert abs(loss - first["pretrain_loss_last"]) < 0.08
     classifier = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/a/finetuned")
@@ -114,6 +114,7 @@ def test_a_run_learns_leaves_its_files_and_repeats(tmp_path):
     (["finetune"], "--init: finetune needs a model"),
     (["predict", "--init", "nowhere"], "VIDEO: got 0"),
     (["--init", "x/y", "--model", "tiny"], "--init: its weights say the model"),
+    (["--init", "x/y", "--image-size", "64"], "--init: its weights say the model and its size"),
     (["finetune", "--init", "nowhere"], "source: nowhere is neither here nor on the hub"),
 ])
 def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch):

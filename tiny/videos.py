@@ -24,7 +24,7 @@ from videomae import VideoMAEConfig
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 
-# A file, whose folder is its class, and its side: "train", "test", or "" where its scene decides.
+# A file, whose folder is its class, and its side: "train", "test", or "" if its scene decides.
 Video = tuple[Path, str]
 
 
@@ -49,7 +49,8 @@ def load_videos(config: VideoMAEConfig, recipe) -> list["VideoClips"]:
 def find_videos(folder: Path, split: int) -> list[Video]:
     """The videos of a folder. The first of these layouts counts:
 
-    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them
+    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them, but the
+       folder says the class, and the number in a line does not
     2. Class/* and UCF101's lists in ucfTrainTestlist/, of which `split` is followed
     3. train/Class/* and test/Class/* (or val/Class/*)
     4. Class/*
@@ -147,8 +148,8 @@ def decode(file: Path, short_side: int, recipe) -> Path:
 
 
 def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
-    """Yield what is seen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3) uint8;
-    of a truncated file what it holds."""
+    """Yield the frames on screen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3)
+    uint8; a truncated file yields what can be decoded."""
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
     with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
         stream = container.streams.video[0]
@@ -180,9 +181,12 @@ def open_video(file: Path):
 
 
 def duration(file: Path) -> float:
-    """Seconds, from what its header says; 0 where it says nothing."""
-    with contextlib.suppress(av.FFmpegError), open_video(file) as container:
-        return (container.duration or 0) / av.time_base
+    """Seconds; 0 for what is no video."""
+    with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
+        if container.duration:
+            return container.duration / av.time_base
+        packets = container.demux(container.streams.video[0])  # a recorder did not write it down
+        return max((float(p.pts * p.time_base) for p in packets if p.pts is not None), default=0.0)
     return 0.0
 
 
@@ -221,7 +225,7 @@ class VideoClips:
 
 
 class LongVideo(VideoClips):
-    """One video to classify, as long as it likes: only its windows are decoded."""
+    """One video to classify, of any length: only its windows are decoded."""
 
     def __init__(self, file: Path, config: VideoMAEConfig, recipe):
         super().__init__([""], [file], torch.zeros(1, dtype=torch.int64), config, recipe)
