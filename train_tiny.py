@@ -145,9 +145,9 @@ RECIPES = {
     "synthetic": Recipe(
         model="tiny", mask="frame", views=1, crops=1, flip=False, colour_jitter=True,
         label_smoothing=0.0, labels_per_class=1, layer_decay=1.0, drop_path=0.0, optimizer="muon",
-        pretrain_steps=1200, pretrain_batch=48, pretrain_lr=1e-2,
+        pretrain_steps=1600, pretrain_batch=32, pretrain_lr=1.2e-2,
         finetune_steps=300, finetune_batch=16, finetune_lr=8e-3,
-        scratch_steps=1750, scratch_lr=4e-3,
+        scratch_steps=1900, scratch_lr=4e-3,
     ),
     "laptop": Recipe(),
     # A hundred short videos of people on a CPU; chosen on one split of such (docs/results.md).
