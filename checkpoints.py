@@ -6,7 +6,8 @@
 SOURCE is a directory as transformers 4 or 5 writes it, a hub id such as MCG-NJU/videomae-base, or a
 file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), of which nothing is executed.
 What a file does not say is given as fields of the config, in JSON: num_attention_heads=3. Wrong
-input raises a ValueError or TypeError that names it. Needs torch, einops and safetensors.
+input raises a ValueError or TypeError that names it. Needs torch, einops and safetensors; with
+TARGET, processor.py.
 """
 import json
 import logging
@@ -325,7 +326,6 @@ def save_model(model: nn.Module, directory):
 def main(source: str, target: str | None = None, **fields):
     """Print what a checkpoint is and check its numbers; write it to `target`, for transformers."""
     import videomae
-    from processor import VideoMAEImageProcessor
 
     names = convert_state_dict(read_checkpoint(source)[0])
     cls = videomae.VideoMAEModel
@@ -339,6 +339,8 @@ def main(source: str, target: str | None = None, **fields):
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
         raise ValueError(f"{source}: not finite: {', '.join(broken)}")
     if target:
+        from processor import VideoMAEImageProcessor
+
         size = dict(zip(("height", "width"), model.config.image_hw, strict=True))
         processor = VideoMAEImageProcessor(  # as the authors prepare their clips
             size=min(size.values()), crop_size=size,

@@ -82,7 +82,7 @@ class Recipe:
     model: str = "laptop"  # a preset of VideoMAEConfig
     image_size: int = 0  # pixels; 0 = the preset's
     mask: str = "tube"
-    mask_ratio: float = 0.75  # the authors' for UCF101, their smallest data set
+    mask_ratio: float = 0.75  # the authors' for UCF101
     fps: float = 6.25  # frames a second: the authors' stride of 4 in UCF101's 25
     views: int = 5  # at test time, the mean over 5 times ...
     crops: int = 3  # ... and 3 places; the authors' for UCF101
@@ -122,7 +122,6 @@ class Recipe:
         shares = ("mask_ratio", "drop_path", "label_smoothing", "warmup")
         may_be_zero = (*shares, "weight_decay", "labels_per_class", "scratch_steps", "seed",
                        "image_size")
-        parts = max(1, WORLD * self.accumulate)
         for name, value in vars(self).items():
             if isinstance(value, str | bool):
                 continue
@@ -131,8 +130,6 @@ class Recipe:
                 raise ValueError(f"{option} more than 0")
             if name in shares and value >= 1:
                 raise ValueError(f"{option} less than 1")
-            if name.endswith("_batch") and value % parts:
-                raise ValueError(f"{option} a multiple of {parts} (processes x accumulate)")
         check_choice("--precision", self.precision, ("auto", *DTYPES))
         check_choice("--optimizer", self.optimizer, ("adamw", "muon"))
 
@@ -160,7 +157,8 @@ RECIPES = {
     ),
     # The authors' main settings for UCF101 on 8 GPUs, from scripts/ucf101 and the defaults of
     # run_class_finetuning.py. Of theirs, mixup, cutmix, RandAugment, random erasing, two samples of
-    # a clip in a batch, head dropout and fine-tuning's own warm-up are not built here.
+    # a clip in a batch, head dropout, a least learning rate and fine-tuning's own warm-up and crops
+    # are not built here; and they do not flip clips to pretrain.
     "ucf101": Recipe(
         model="base",
         pretrain_steps=158_950, pretrain_batch=192, pretrain_lr=3e-4,  # 3,200 epochs, 9,537 clips
@@ -169,6 +167,7 @@ RECIPES = {
         finetune_steps=7_451, finetune_batch=128, finetune_lr=5e-4,  # 100 epochs
         scratch_steps=0, layer_decay=0.7, drop_path=0.2,
         activation_checkpointing=True, checkpoint_every=1000,
+        cache_gb=150.0,  # 27 hours of video
     ),
 }
 
@@ -338,8 +337,8 @@ def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, ste
     """Train a model in place -> its first and last loss.
 
     The whole state is saved to FOLDER/STAGE.pt every `checkpoint_every` steps and at the end; a run
-    that finds it there resumes from it, a finished stage too. every_tenth(model) is called ten
-    times.
+    that finds it there resumes from it, a finished stage too. every_tenth(model) is called after
+    each tenth of the steps.
     """
     peak, path = base_lr * batches.batch / 256, folder / f"{stage}.pt"
     optimizers = make_optimizers(model, recipe, betas, layer_decay)
@@ -368,7 +367,7 @@ def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, ste
         update(model, optimizers.values(), scaler, rate, recipe.gradient_clip)
         if step % 10 == 0:  # not every step: to read a loss is to wait for the GPU
             bar.set_postfix_str(f"loss {losses[step]:.3f}")
-        if (step + 1) % max(1, steps // 10) == 0 and RANK == 0:
+        if (step + 1) * 10 // steps > step * 10 // steps and RANK == 0:
             every_tenth(model)
             model.train()
     seconds = time.perf_counter() - start
@@ -382,7 +381,7 @@ def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, ste
 
 def pretrain(folder: Path, clips, config: VideoMAEConfig, recipe: Recipe, picture) -> tuple:
     """Stage 1, no labels: reconstruct masked patches -> the model and `train`'s result.
-    picture(model) is called ten times."""
+    picture(model) is called after each tenth of the steps."""
     torch.manual_seed(recipe.seed)
     model = VideoMAEForPreTraining(config).to(DEVICE)
 
@@ -435,19 +434,30 @@ def load_data(config: VideoMAEConfig, recipe: Recipe) -> tuple:
     return clips
 
 
-def run(folder: Path, stage: str, recipe: Recipe) -> dict:
+def run(folder: Path, stage: str, recipe: Recipe, is_new: bool) -> dict:
     """Pretrain, probe, fine-tune, train from scratch -> what summary.json holds."""
     size = {"image_size": recipe.image_size} if recipe.image_size else {}
     config = VideoMAEConfig.preset(recipe.model, **size)
     if recipe.init:
         config = VideoMAEModel.from_pretrained(recipe.init).config
     random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)  # a wrong one, before the work
+    parts = WORLD * recipe.accumulate
+    if recipe.pretrain_batch % parts or recipe.finetune_batch % parts:
+        raise ValueError(f"--pretrain-batch, --finetune-batch: got {recipe.pretrain_batch}, "
+                         f"{recipe.finetune_batch}, expected multiples of {parts} (processes x "
+                         "accumulate)")
     clips, test_clips = load_data(config, recipe)
     labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
     print(f"{device_name()}; {len(clips.labels)} clips to train on, {len(labelled)} with labels of "
           f"{len(clips.classes)} classes; {len(test_clips.labels)} held out")
-    if RANK == 0:
-        write_json(folder / "settings.json", dict(stage=stage, recipe=asdict(recipe)))
+    settings = dict(stage=stage, recipe=asdict(recipe),
+                    clips=[len(clips.labels), len(test_clips.labels)])
+    path = folder / "settings.json"
+    if not is_new and json.loads(path.read_text()) != settings:
+        raise ValueError(f"--resume: {recipe.data} had other videos when {folder} was started")
+    if is_new and RANK == 0:
+        folder.mkdir(parents=True)  # an error where another run took the name meanwhile
+        write_json(path, settings)
 
     def draw(model):
         report.draw_reconstruction(model, test_clips, recipe, folder / "reconstruction.gif")
@@ -589,7 +599,10 @@ def main(argv=None):
     print(f"output: {folder}/")
     path = folder / "summary.json"
     try:  # a finished run is not run again
-        summary = json.loads(path.read_text()) if path.exists() else run(folder, args.stage, recipe)
+        if path.exists():
+            summary = json.loads(path.read_text())
+        else:
+            summary = run(folder, args.stage, recipe, is_new=not args.resume)
     except KeyboardInterrupt:
         started = (folder / "settings.json").exists()  # else it was still decoding, into the cache
         how = f"python train_tiny.py --resume {folder}" if started else "the same command again"

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,20 @@ def test_bad_options_stop_the_run_before_it_starts(arguments, message, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_does_not_take_the_folder_of_one_started_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load_data, other = train_tiny.load_data, tmp_path / "runs/synthetic-1"
+
+    def while_another_run_starts(*arguments):
+        other.mkdir(parents=True)
+        return load_data(*arguments)
+
+    monkeypatch.setattr(train_tiny, "load_data", while_another_run_starts)
+    with pytest.raises(FileExistsError, match="synthetic-1"):
+        train_tiny.main([*map(str, SHORT)])
+    assert not any(other.iterdir())
+
+
 TOY = ["--unlabelled-clips", 96, "--test-clips", 16, "--pretrain-steps", 30, "--finetune-steps", 12,
        "--scratch-steps", 6, "--pretrain-batch", 16,
        "--finetune-batch", 16, "--drop-path", 0.2, "--checkpoint-every", 4]
@@ -234,6 +249,12 @@ def test_videos_from_a_folder_run_end_to_end(video_folder, tmp_path):
     broken = video_folder / "Left/v_Left_g09_c01.mp4"
     status, output = command("predict", *init, broken, cwd=tmp_path)
     assert status != 0 and broken.name in output and "Traceback" not in output
+
+    # A folder that has changed could move clips that were trained on to the test side.
+    (tmp_path / "runs/videos/summary.json").unlink()  # as if the run had been interrupted
+    shutil.copy(next(video_folder.glob("Left/*.avi")), video_folder / "Left/v_Left_g00_c01.avi")
+    status, output = command("--resume", "runs/videos", cwd=tmp_path)
+    assert status != 0 and "had other videos" in output and "Traceback" not in output
 
 
 def test_published_weights_are_fine_tuned_on_a_folder(video_folder, tmp_path):

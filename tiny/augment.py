@@ -1,5 +1,5 @@
-"""Crops of 8-bit clips, and augmentation of normalized ones. The random numbers are arguments, so
-that the same numbers always give the same clips."""
+"""Crops, flips and colours, for training. The random numbers are arguments, so that the same
+numbers always give the same clips."""
 from collections.abc import Sequence
 
 import torch
@@ -25,10 +25,10 @@ def multi_scale_crop(clip: Tensor, size: int, place: Sequence[float]) -> Tensor:
     return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
 
 
-def flip(pixel_values: Tensor, random: Tensor) -> Tensor:
+def flip(frames: Tensor, random: Tensor) -> Tensor:
     """(B, T, C, H, W) -> the same, mirrored left to right where random (B,) is below a half."""
     is_mirrored = (random < 0.5).view(-1, 1, 1, 1, 1)
-    return torch.where(is_mirrored, pixel_values.flip(-1), pixel_values)
+    return torch.where(is_mirrored, frames.flip(-1), frames)
 
 
 def colour_jitter(pixel_values: Tensor, random: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Muon (Keller Jordan, 2024): momentum, orthogonalized matrix by matrix.
 
-Its updates are as large as AdamW's (Liu et al., arXiv 2502.16982), so that both share learning
-rates. torch.optim.Muon, from torch 2.9 on, computes the same in bfloat16, which many CPUs only
-emulate: for the `tiny` model it is 20 times as slow there.
+Its updates are as large as AdamW's (Liu et al., arXiv 2502.16982), so that their learning
+rates are alike. torch.optim.Muon, from torch 2.9 on, computes the same in bfloat16, which many CPUs
+only emulate: for the `tiny` model it is 20 times as slow there.
 """
 import math
 

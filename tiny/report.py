@@ -16,7 +16,7 @@ from checkpoints import write_whole
 from videomae import VideoMAEForPreTraining, normalize, random_mask
 
 ROWS = {  # the start of a result's name in summary.json -> a row of the table, what it took
-    "scratch_full_time": ("from scratch, same total time", ["scratch_full_time"]),
+    "scratch_full_time": ("from scratch", ["scratch_full_time"]),
     "linear_probe": ("pretrained, linear probe", ["pretrain"]),
     "finetune": ("pretrained, fine-tuned", ["pretrain", "finetune"]),
     "majority": ("always the largest class", []),

@@ -22,7 +22,7 @@ from checkpoints import write_whole
 from tiny.augment import multi_scale_crop
 from videomae import VideoMAEConfig
 
-SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+SUFFIXES = ".avi .mp4 .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
 
 # A file, whose folder is its class, and its side: "train", "test", or "" if its scene decides.
 Video = tuple[Path, str]
