@@ -431,6 +431,9 @@ def test_the_table_has_a_row_for_each_way_and_a_spread_for_several_runs():
         "| pretrained, fine-tuned | 61.0 +- 1.4 | 50.0 +- 0.0 | 100 + 11 |",
         "| always the largest class | 25.0 +- 0.0 | 20.0 +- 0.0 |  |",
     ]
+    runs[1]["recipe"]["labels_per_class"] = 5
+    with pytest.raises(ValueError, match="labels per class, expected the same"):
+        report.table(runs)
 
 
 def test_pictures_are_drawn_and_say_what_is_borrowed(tmp_path, monkeypatch):

@@ -78,7 +78,9 @@ def table(summaries: list[dict]) -> str:
     first = summaries[0]
     columns = ["top1"] if first["recipe"]["data"] == "synthetic" else ["top1", "balanced"]
     names = [{"top1": "top-1, %", "balanced": "balanced, %"}[column] for column in columns]
-    labels = first["recipe"]["labels_per_class"] or "all"
+    labels, *others = {s["recipe"]["labels_per_class"] or "all" for s in summaries}
+    if others:
+        raise ValueError(f"runs: got {labels} and {others[0]} labels per class, expected the same")
     lines = [[f"{labels} labels per class", *names, "seconds"], ["---"] * (len(names) + 2)]
     for way, (name, stages) in ROWS.items():
         if f"{way}_top1" in first:
