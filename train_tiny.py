@@ -334,7 +334,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def train(folder: Path, stage: str, model, batches: Batches, recipe: Recipe, steps: int,
           base_lr: float, betas, layer_decay: float = 1.0, every_tenth=lambda model: None) -> dict:
-    """Train a model in place -> its first and last loss.
+    """Train a model in place -> its first and last loss, and the seconds it took.
 
     The whole state is saved to FOLDER/STAGE.pt every `checkpoint_every` steps and at the end; a run
     that finds it there resumes from it, a finished stage too. every_tenth(model) is called after

@@ -135,7 +135,7 @@ def test_a_run_does_not_take_the_folder_of_one_started_meanwhile(tmp_path, monke
 
     monkeypatch.setattr(train_tiny, "load_data", while_another_run_starts)
     with pytest.raises(FileExistsError, match="synthetic-1"):
-        train_tiny.main([*map(str, SHORT)])
+        train_tiny.main(list(map(str, SHORT)))
     assert not any(other.iterdir())
 
 
