@@ -2,23 +2,32 @@
 
     clip -> patches -> tube mask -> encoder (visible patches) -> decoder (all) -> masked pixels
 
-The published model as a worked example. A clip of 16 frames of 224 x 224 pixels is cut into 1,568
+For example, in the published ViT-B, a clip of 16 frames of 224 x 224 pixels is cut into 1,568
 patches of 2 x 16 x 16 pixels: 8 time steps of 14 x 14 spatial positions. A tube mask of ratio 0.9
 masks 176 of the 196 spatial positions, the same at every time step. So 160 visible patches enter
 the encoder, and 1,408 masked ones are predicted: 2 * 16 * 16 * 3 = 1,536 numbers each.
 
-    mask = random_mask("tube", len(clips), config.grid, mask_ratio=0.9)
-    VideoMAEForPreTraining(config)(clips, mask).loss.backward()
+    import torch
+    from videomae import VideoMAEConfig, VideoMAEForPreTraining, random_mask
 
-Read it from top to bottom; data flows through it in the paper's order. Shapes use these letters:
+    config = VideoMAEConfig.preset("base")
+    model = VideoMAEForPreTraining(config)
+    clips = torch.randn(2, 16, 3, 224, 224)  # or torch.stack of what `preprocess` returns
+    mask = random_mask("tube", len(clips), config.grid, mask_ratio=0.9)  # (2, 1568), True = masked
+    loss = model(clips, mask).loss
+    loss.backward()
+
+Part one is the method; read it from top to bottom, in the order in which data flows. Part two is
+everything else. To change the method, change the mask in `random_mask`, what is predicted in
+`VideoMAEForPreTraining.target` (and the decoder's `head`, if its width changes), the loss in
+`autoencode`, attention in `Attention.attend`. Shapes use these letters, and () is a scalar:
 
     B            clips in a batch
     T, C, H, W   frames, channels, rows and columns of pixels
     N            patches in a clip, T' x H' x W' of them; N_vis are visible, N_mask are masked
+    M            any number of patches
     P            pixels in a patch, tubelet_size * patch_size^2 (the paper calls a patch a cube)
     D, D_dec     width of the encoder and of the decoder
-
-Wrong input raises a ValueError or TypeError that says what came and what was expected.
 
 References (in this file's repository, every output and gradient is tested against 2 and 3):
 1. Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
@@ -26,96 +35,70 @@ References (in this file's repository, every output and gradient is tested again
 2. the authors' code, https://github.com/MCG-NJU/VideoMAE
 3. transformers 5.23, models/videomae, whose class, argument and output names are used here
 
-Both embed patches with a Conv3d whose stride is its kernel. That is a Linear over a patch's pixels,
-initialized alike, so here one `patchify` serves the embedding and the target.
-
-From the project videomae-minimal 0.2, MIT License. Copy this file: it needs torch and einops. For
-published weights, copy the project's checkpoints.py too; for their image processor, processor.py.
+From the project videomae-minimal 0.2, MIT License. The file works copied alone, with torch, numpy
+and einops. To load published weights, copy checkpoints.py as well.
 """
-import importlib
 import math
+import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]; the published checkpoints' statistics
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
+# ==== Part one: the method =======================================================================
 
 # ---- Config -------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
-               "relu": F.relu, "selu": F.selu}
-
-
-def check_choice(name: str, value, allowed):
-    """Raise ValueError unless the value is among those allowed."""
-    if value not in tuple(allowed):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, allowed))}")
-
-
 @dataclass
 class VideoMAEConfig:
-    """The numbers that shape a model; names and defaults are transformers' (ViT-B, 16 x 224 x 224).
-    `VideoMAEConfig.preset("small")` gives a named size, for pretraining."""
+    """Model hyperparameters, with the names and defaults of transformers (ViT-B, 16 x 224 x 224).
+    `VideoMAEConfig.preset("small")` gives a named size with the authors' settings; see PRESETS."""
 
     image_size: int | tuple[int, int] = 224  # a square, or (height, width)
     patch_size: int = 16
     num_channels: int = 3
     num_frames: int = 16
-    tubelet_size: int = 2  # frames in a patch (not a mask's tube)
+    tubelet_size: int = 2  # frames in a patch (a mask's tube runs through all of the frames)
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str | Callable = "gelu"  # one of ACTIVATIONS, or a function of a tensor
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02  # std, before truncation, of mask token and new classifier
-    layer_norm_eps: float = 1e-12  # the authors' models: 1e-6
-    qv_bias: bool = True  # a bias for queries and values; keys have none, see Attention
-    use_mean_pooling: bool = True  # False to pretrain as published; see VideoMAEModel's table
-    decoder_num_attention_heads: int = 6
     decoder_hidden_size: int = 384
     decoder_num_hidden_layers: int = 4
+    decoder_num_attention_heads: int = 6
     decoder_intermediate_size: int = 1536
-    norm_pix_loss: bool = True  # normalize each target patch by its own mean and std
-    # Not documented by transformers for VideoMAE:
-    num_labels: int = 2
-    id2label: dict[int, str] | None = None  # names of the labels
-    head_norm_eps: float = 1e-5  # the norm before a head (fc_norm, decoder); the authors': 1e-6
-    drop_path_rate: float = 0.0  # of the last block; earlier blocks have proportionally less
+    norm_pix_loss: bool = True  # normalize target patches; see VideoMAEForPreTraining.target
+    use_mean_pooling: bool = True  # False to pretrain; see the table in VideoMAEEncoder
+    num_labels: int | None = None  # len(id2label) by default, or 2
+    id2label: dict[int, str] | None = None
+
+    # Details that a first reading can skip:
+    hidden_act: str | Callable = "gelu"  # a name in ACTIVATIONS, or a function of a tensor
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    drop_path_rate: float = 0.0  # in the last block; earlier blocks have proportionally less
+    initializer_range: float = 0.02  # std of mask token (truncated at one std) and classifier
+    layer_norm_eps: float = 1e-12  # the authors use 1e-6 everywhere
+    head_norm_eps: float = 1e-5  # transformers keeps PyTorch's default in fc_norm and the decoder
+    qv_bias: bool = True  # queries and values have a bias
     position_embedding: str = "sinusoid"  # as published; "separable" suits small models better
-    position_grid: tuple[int, int, int] | None = None  # interpolate positions made for this grid
-    extra: dict = field(default_factory=dict)  # what else a config.json says; kept for saving
+    position_grid: tuple[int, int, int] | None = None  # of the positions, if not this model's
+    extra: dict = field(default_factory=dict)  # what else a config.json holds; kept for saving
+
+    def __post_init__(self):
+        check_config(self)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "VideoMAEConfig":
         """A size from PRESETS, with any field overridden."""
         check_choice("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **overrides})
-
-    def __post_init__(self):
-        height, width = self.image_hw
-        for name, size, divisor in (
-            ("image_size", height, "patch_size"),
-            ("image_size", width, "patch_size"),
-            ("num_frames", self.num_frames, "tubelet_size"),
-            ("hidden_size", self.hidden_size, "num_attention_heads"),
-            ("decoder_hidden_size", self.decoder_hidden_size, "decoder_num_attention_heads"),
-        ):
-            by = getattr(self, divisor)
-            if min(size, by) < 1 or size % by:
-                raise ValueError(f"{name}: got {size}, expected a multiple of {divisor} {by}")
-        check_choice("position_embedding", self.position_embedding, ("sinusoid", "separable"))
-        if not callable(self.hidden_act):
-            check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -139,62 +122,98 @@ class VideoMAEConfig:
         """Numbers in a patch, P * C; 1,536 by default."""
         return self.tubelet_size * self.patch_size**2 * self.num_channels
 
-
-def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **more) -> dict:
-    """A ViT for pretraining, whose MLPs are four times as wide as its tokens."""
-    return dict(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * width, use_mean_pooling=False,
-        decoder_hidden_size=decoder_width, decoder_num_hidden_layers=decoder_layers,
-        decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * decoder_width,
-    ) | more
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The inverse of id2label."""
+        return {name: i for i, name in (self.id2label or {}).items()}
 
 
-# small to huge: the authors' modeling_pretrain.py, decoder depths from scripts/kinetics. giant:
-# VideoMAE V2's, whose MLPs are 48 / 11 times as wide. tiny and laptop are this project's own.
-_OWN = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6, position_embedding="separable")
-PRESETS = {
-    "small": _vit(384, 12, 6, 192, 4, 3),
-    "base": _vit(768, 12, 12, 384, 4, 6),
-    "large": _vit(1024, 24, 16, 512, 12, 8),
-    "huge": _vit(1280, 32, 16, 640, 12, 8),
-    "giant": _vit(1408, 40, 16, 512, 4, 8, patch_size=14, intermediate_size=6144),
-    "tiny": _vit(128, 4, 4, 96, 1, 3, image_size=32, patch_size=8, num_frames=8, **_OWN),
-    "laptop": _vit(192, 6, 3, 96, 2, 3, image_size=112, **_OWN),
-}
+class VideoMAEPreTrainedModel(nn.Module):
+    """What the three models share, for those who know transformers; not needed for the method."""
+
+    accepts_loss_kwargs = False  # transformers' Trainer then leaves the loss to `forward`
+
+    def __init__(self, config: VideoMAEConfig):
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    @classmethod
+    def from_pretrained(cls, source, **options):
+        """A published checkpoint -> a model in evaluation mode; see checkpoints.load_model."""
+        return import_checkpoints().load_model(cls, source, **options)
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors, for transformers too. Overwrites nothing."""
+        import_checkpoints().save_model(self, directory)
 
 
-# ---- Preprocessing: 8-bit frames of the model's size -> pixel_values, and back ------------------
+# ---- Preprocessing: frames of a video -> pixel_values -------------------------------------------
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]; the published checkpoints' statistics
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def frame_indices(total: int, num_frames: int = 16, stride: int = 4, start: float = 0.5) -> Tensor:
+    """Pick num_frames of a video's `total` frames, `stride` apart -> (num_frames,) int64. start: 0
+    is the earliest, 1 the latest; pass a random one in training. Short videos repeat their last."""
+    latest = max(0, total - 1 - (num_frames - 1) * stride)
+    index = round(start * latest) + stride * torch.arange(num_frames)
+    return index.clamp(max=total - 1)
+
+
+def preprocess(frames, config: VideoMAEConfig) -> Tensor:
+    """The frames of a clip, uint8 and of any size -> pixel_values (T, 3, H, W) float32.
+
+    frames: (T, H, W, 3) or (T, 3, H, W), as a list, an array or a tensor. They are resized to just
+    cover the model's input, cropped around the centre and normalized."""
+    frames = check_frames(frames, config)  # (T, 3, H, W) uint8
+    (h, w), (height, width) = frames.shape[-2:], config.image_hw
+    if height * w >= width * h:  # frames are wider than the input: match the height
+        frames = resize(frames, height, int(height * w / h))
+    else:
+        frames = resize(frames, int(width * h / w), width)
+    top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+    return normalize(frames[..., top : top + height, left : left + width])
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """(T, C, H, W) -> (T, C, height, width): bilinear, antialiased, within 1/255 of Pillow."""
+    frames = frames.contiguous(memory_format=torch.channels_last)  # torch's fast path for 8 bits
+    return F.interpolate(frames, (height, width), mode="bilinear", antialias=True)
+
 
 def normalize(frames: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> float32: (x / 255 - mean) / std, with ImageNet's statistics."""
+    frames = torch.as_tensor(frames)
     if frames.dtype != torch.uint8 or frames.shape[-3] != 3:
         raise TypeError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 (..., 3, H, W)")
     mean, std = frames.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32)
     return (frames.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
-def denormalize(pixels: Tensor) -> Tensor:
-    """Undo `normalize`: (..., C), channels last -> [0, 1]. Unchanged where C is not 3."""
-    mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
-    return torch.addcmul(mean, pixels, std) if pixels.shape[-1] == 3 else pixels
-
-
 # ---- Patches: the tokens of a video (paper, section 3: joint space-time cube embedding) ---------
 
-def patchify(video: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
-    """(B, T, C, H, W) -> (B, N, P, C): tubelet_size x patch_size x patch_size pixels a patch.
-
-    Patches are in (time step, row, column) order, as are the pixels of each."""
+def patchify(video: Tensor, config: VideoMAEConfig) -> Tensor:
+    """(B, T, C, H, W) -> (B, N, P, C). Patches are in (time step, row, column) order, as are the
+    pixels within each."""
     return rearrange(video, "b (t pt) c (h ph) (w pw) -> b (t h w) (pt ph pw) c",
-                     pt=tubelet_size, ph=patch_size, pw=patch_size)
+                     pt=config.tubelet_size, ph=config.patch_size, pw=config.patch_size)
 
 
-def unpatchify(patches: Tensor, grid: tuple, tubelet_size: int, patch_size: int) -> Tensor:
-    """(B, N, P, C) -> (B, T, C, H, W), the inverse of `patchify`; grid is (T', H', W')."""
-    t, h, w = grid
-    return rearrange(patches, "b (t h w) (pt ph pw) c -> b (t pt) c (h ph) (w pw)",
-                     t=t, h=h, w=w, pt=tubelet_size, ph=patch_size, pw=patch_size)
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, N, ...), index (B, M) -> (B, M, ...): the indexed tokens of each clip."""
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
 
 # ---- Masks (paper, section 3) -------------------------------------------------------------------
@@ -203,22 +222,23 @@ def unpatchify(patches: Tensor, grid: tuple, tubelet_size: int, patch_size: int)
 # every time step: its content must be inferred from how the rest looks and moves. And the ratio is
 # high, 0.9 in the paper: at a lower one, gaps can be filled in from their neighbours.
 
-def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int], mask_ratio: float,
-                generator: torch.Generator | None = None) -> Tensor:
+def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int],
+                mask_ratio: float) -> Tensor:
     """(B, N) bool on the CPU, True = masked: a new mask for each clip, the same count in all.
 
-    kind "tube": int(mask_ratio * H'W') spatial positions at every time step; "random": int(
-    mask_ratio * N) patches anywhere; "frame": int(mask_ratio * T') whole time steps. Source: the
+    kind "tube": mask_ratio of the H'W' spatial positions, at every time step; "random": of the N
+    patches, anywhere; "frame": of the T' time steps, whole. Counts are rounded down. Source: the
     authors' masking_generator.py; the paper compares the three."""
     time, space = grid[0], grid[1] * grid[2]
-    drawn = {"tube": (1, space), "frame": (time, 1), "random": (time, space)}  # expanded
+    # The shape of the random draw; an axis of length 1 is shared by all time steps or positions.
+    drawn = {"tube": (1, space), "random": (time, space), "frame": (time, 1)}
     check_choice("kind", kind, drawn)
     num_drawn = math.prod(drawn[kind])
     num_masked = int(mask_ratio * num_drawn)
     if not 0 < num_masked < num_drawn:
         raise ValueError(f"mask_ratio: {mask_ratio} masks {num_masked} of {num_drawn} ({kind} mask)"
-                         ", expected to mask some and to leave some")
-    scores = torch.rand(batch_size, num_drawn, generator=generator, device="cpu")
+                         ", expected at least one masked and one visible")
+    scores = torch.rand(batch_size, num_drawn, device="cpu")
     mask = mask_highest(scores, num_masked).view(batch_size, *drawn[kind])
     return mask.expand(batch_size, time, space).flatten(1)
 
@@ -229,31 +249,30 @@ def mask_highest(scores: Tensor, num_masked: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, highest, True)
 
 
-def split_mask(bool_masked_pos: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def split_mask(bool_masked_pos: Tensor, device=None) -> tuple[Tensor, Tensor]:
     """(B, N) bool -> indices (B, N_vis) of visible and (B, N_mask) of masked patches, increasing.
-
-    A pair that is split already is returned as it is. Split on the CPU: counting on a GPU waits for
-    it, and breaks torch.compile's graph.
-    """
-    if isinstance(bool_masked_pos, tuple):
-        return bool_masked_pos
-    dtype = getattr(bool_masked_pos, "dtype", None)
-    if dtype is not torch.bool:
-        raise TypeError(f"bool_masked_pos: got {dtype or bool_masked_pos}, expected a bool tensor")
-    shape = tuple(bool_masked_pos.shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"bool_masked_pos: got shape {shape}, expected (batch, patches)")
-    counts = bool_masked_pos.sum(dim=1).tolist()
-    # With uneven counts whose total divides, a reshape would move tokens from one clip to another.
-    if len(set(counts)) > 1 or counts[0] in (0, shape[1]):
-        raise ValueError(f"bool_masked_pos: got {counts} masked patches per clip, expected the "
-                         f"same count in each, more than 0 and less than {shape[1]}")
-    return tuple(x.nonzero()[:, 1].view(shape[0], -1) for x in (~bool_masked_pos, bool_masked_pos))
+    Keep masks on the CPU: reading their count from a GPU forces a synchronization."""
+    mask, num_masked = check_mask(bool_masked_pos)
+    order = mask.byte().argsort(dim=1, stable=True)  # stable: increasing within each part
+    order = order.to(device or mask.device, non_blocking=True)
+    return order[:, :-num_masked], order[:, -num_masked:]
 
 
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (B, N, ...), index (B, M) -> (B, M, ...): the indexed tokens of each clip."""
-    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
+# ---- Positions: fixed, not learned, not in the checkpoints --------------------------------------
+
+def sinusoid(num_positions: int, dim: int) -> Tensor:
+    """(num_positions, dim) float64: sin and cos interleaved, at dim / 2 frequencies."""
+    position, j = torch.arange(num_positions)[:, None], torch.arange(dim)
+    angle = position / 10000 ** ((j - j % 2).double() / dim)
+    return torch.where(j % 2 == 0, angle.sin(), angle.cos())
+
+
+def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
+    """(N, dim) float32, a vector for each patch: one sinusoid over the flattened (time step, row,
+    column) index, so the same spatial position one step later is H'W' further on."""
+    if config.position_embedding == "separable" or config.position_grid:
+        return other_positions(config, dim)
+    return sinusoid(config.num_patches, dim).float()
 
 
 # ---- The transformer block: a plain pre-norm ViT with joint attention over space and time -------
@@ -271,25 +290,27 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
-        """(B, N, D) -> (B, M, D): what the queried tokens, all by default, gather from all N."""
-        qkv = self.qkv(x)  # (B, N, 3 D)
+    def forward(self, x: Tensor, wanted: slice = slice(None),
+                look: "Look | None" = None) -> Tensor:
+        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. look:
+        true if something inside is asked for; see Look, in part two."""
+        qkv = self.qkv(x)  # (B, M, 3 D)
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            qkv += bias.to(qkv.dtype)  # under autocast, adding 32 bits to 16 is slow
-        q, k, v = qkv.chunk(3, dim=-1)
-        q, k, v = (rearrange(x, "b n (heads d) -> b heads n d", heads=self.num_heads)
-                   for x in (q[:, queries], k, v))
-        x = self.attend(q, k, v)  # (B, heads, M, D / heads)
+            qkv += bias.to(qkv.dtype)  # adding float32 to autocast's float16 is slow
+        q, k, v = rearrange(qkv, "b m (n heads d) -> n b heads m d", n=3, heads=self.num_heads)
+        q = q[:, :, wanted]
+        x = look.attend(self, q, k, v) if look else self.attend(q, k, v)
         return self.proj(rearrange(x, "b heads m d -> b m (heads d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, heads, wanted, D / heads), k and v (B, heads, M, D / heads) -> q's shape."""
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
 class MLP(nn.Module):
-    """(B, N, D) -> (B, N, D)."""
+    """(B, M, D) -> (B, M, D)."""
 
     def __init__(self, dim: int, hidden_dim: int, config: VideoMAEConfig):
         super().__init__()
@@ -310,191 +331,54 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, config)
         self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = MLP(dim, hidden_dim, config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = drop_path
+        self.drop = Drop(config.hidden_dropout_prob, drop_path)  # skips a branch for some clips
 
-    def forward(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
-        """(B, N, D) -> (B, M, D): all tokens, or only those that are queried."""
-        x = x[:, queries] + self.drop(self.attn(self.norm1(x), queries))
+    def forward(self, x: Tensor, wanted: slice = slice(None),
+                look: "Look | None" = None) -> Tensor:
+        """(B, M, D) -> (B, M, D), or only the wanted tokens: the decoder's last block."""
+        x = x[:, wanted] + self.drop(self.attn(self.norm1(x), wanted, look))
         return x + self.drop(self.mlp(self.norm2(x)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout, then drop path: in training, skip the branch for a random share of clips."""
-        x = self.dropout(x)
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path)
-        return x * keep / (1 - self.drop_path)
-
-
-def init_block_weights(module: nn.Module):
-    """Xavier-uniform weights, zero biases, as in the authors' code. transformers uses
-    normal(0, 0.02), which suits widths near 768; small models need one that follows the width."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# ---- Positions: fixed, not learned, not in the checkpoints --------------------------------------
-
-def sinusoid(num_positions: int, dim: int) -> Tensor:
-    """(num_positions, dim) float64: sin and cos interleaved, at dim / 2 frequencies."""
-    position, j = torch.arange(num_positions)[:, None], torch.arange(dim)
-    angle = position / 10000 ** ((j - j % 2).double() / dim)
-    return torch.where(j % 2 == 0, angle.sin(), angle.cos())
-
-
-def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
-    """(N, dim) float32, a vector for each patch.
-
-    "sinusoid", as published: one sinusoid over the flattened (time step, row, column) index, where
-    the same spatial position one step later is H'W' further on. "separable": time, row and column
-    get a third of the width each, so neighbours along one share the code of the other two."""
-    t, h, w = config.position_grid or config.grid
-    if config.position_embedding == "sinusoid":
-        table = sinusoid(t * h * w, dim)
-    else:
-        third = dim // 6 * 2  # even, so that each sin keeps its cos; time takes the rest
-        time = repeat(sinusoid(t, dim - 2 * third), "t d -> (t h w) d", h=h, w=w)
-        row = repeat(sinusoid(h, third), "h d -> (t h w) d", t=t, w=w)
-        column = repeat(sinusoid(w, third), "w d -> (t h w) d", t=t, h=h)
-        table = torch.cat([time, row, column], dim=1)
-    if (t, h, w) != config.grid:
-        table = rearrange(table, "(t h w) d -> 1 d t h w", t=t, h=h)
-        table = F.interpolate(table, size=config.grid, mode="trilinear")
-        table = rearrange(table, "1 d t h w -> (t h w) d")
-    return table.float()
-
-
-# ---- Loading and saving -------------------------------------------------------------------------
-
-def import_checkpoints():
-    """checkpoints.py, from this file's directory or package."""
-    try:
-        package = f"{__package__}." if __package__ else ""
-        return importlib.import_module(f"{package}checkpoints")
-    except ModuleNotFoundError as error:
-        if not error.name.endswith("checkpoints"):
-            raise
-        raise ImportError("to load and save, put checkpoints.py beside videomae.py") from error
-
-
-class VideoMAEPreTrainedModel(nn.Module):
-    """Loading and saving, for the three models."""
-
-    config_class = VideoMAEConfig
-
-    @classmethod
-    def from_pretrained(cls, source, strict: bool = True, **config_overrides):
-        """A published checkpoint -> a model in evaluation mode.
-
-        source: a directory as transformers writes it, a hub id such as "MCG-NJU/videomae-base", or
-            a file of the authors or of VideoMAE V2, whose config is inferred from its shapes.
-        strict: a weight that does not fit is an error (new heads and an unneeded decoder are only
-            logged). False loads what fits and logs the rest.
-        config_overrides: fields of VideoMAEConfig. Another num_labels gives a new head. For clips
-            of another size pass position_grid: the old grid to interpolate, None for a new table.
-        """
-        return import_checkpoints().load_model(cls, source, strict, config_overrides)
-
-    def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, for transformers too. Overwrites nothing."""
-        import_checkpoints().save_model(self, directory)
 
 
 # ---- Encoder: what is kept ----------------------------------------------------------------------
 
-class BaseModelOutput(NamedTuple):
-    """What the encoder gives."""
-    last_hidden_state: Tensor  # (B, N_vis, D); N_vis = N without a mask
-    hidden_states: tuple[Tensor, ...] | None = None  # the embedding, then each block's output
-    attentions: tuple[Tensor, ...] | None = None  # each block's weights (B, heads, N_vis, N_vis)
+class VideoMAEEncoder(nn.Module):
+    """Encodes any subset of a clip's patches, with their positions. In pretraining it sees the
+    visible ones only, a tenth at a ratio of 0.9, which makes it cheap. Where the final norm is:
 
-
-class VideoMAEModel(VideoMAEPreTrainedModel):
-    """The encoder. With a mask it sees the visible patches only: a tenth, at a ratio of 0.9.
-    `use_mean_pooling` says where the last norm is:
-
-                                        norm at the end   what is read        norm after that
-        published pretraining (False)   yes               all, by the decoder no
-        first-token classifier (False)  yes               token 0             no
-        mean-pooled classifier (True)   dropped           mean of all tokens  `fc_norm`, new
+        use_mean_pooling   model                    encoder.norm   output used         fc_norm
+        False              published pretraining    yes            all tokens          no
+        False              first-token classifier   yes            token 0             no
+        True               mean-pooled classifier   no             mean of all tokens  yes, new
     """
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
-        self.config = config
-        dim, depth = config.hidden_size, config.num_hidden_layers
-        self.patch_embed = nn.Linear(config.patch_dim, dim)
+        dim = config.hidden_size
+        self.patch_embed = nn.Linear(config.patch_dim, dim)  # the authors' Conv3d, as a Linear
         self.register_buffer("positions", position_table(config, dim), persistent=False)  # (N, D)
+        heads, hidden_dim = config.num_attention_heads, config.intermediate_size
+        drop_paths = np.linspace(0, config.drop_path_rate, config.num_hidden_layers).tolist()
         self.blocks = nn.ModuleList(
-            Block(dim, config.num_attention_heads, config.intermediate_size, config,
-                  drop_path=config.drop_path_rate * i / max(depth - 1, 1))
-            for i in range(depth)
-        ).apply(init_block_weights)
+            Block(dim, heads, hidden_dim, config, drop_path) for drop_path in drop_paths
+        ).apply(init_linear)  # Xavier-uniform
         norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.norm = nn.Identity() if config.use_mean_pooling else norm
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos=None, head_mask=None,
-                output_attentions=False, output_hidden_states=False,
-                return_dict=None) -> BaseModelOutput:
-        """Encode a clip, or its visible patches, which come out in increasing order.
-
-        pixel_values: (B, T, C, H, W) float, normalized as in pretraining: by `normalize`, or by a
-            VideoMAEImageProcessor with IMAGENET_MEAN and IMAGENET_STD.
-        bool_masked_pos: (B, N) bool, True = masked, the same count in each clip, or what
-            `split_mask` made of it. None masks nothing.
-        head_mask: (heads,) or (layers, heads); 1 keeps a head, 0 switches it off.
-        output_attentions, output_hidden_states: keep them. return_dict=False: a plain tuple.
-        """
-        visible, _ = check_inputs(pixel_values, bool_masked_pos, self.config)
-        patches = patchify(pixel_values, self.config.tubelet_size, self.config.patch_size)
-        if bool_masked_pos is not None:
-            patches = take(patches, visible)  # (B, N_vis, P, C)
-        if head_mask is None and not output_attentions and not output_hidden_states:
-            output = BaseModelOutput(self.encode(patches, visible))
-        else:
-            output = look_inside(self, patches, visible, head_mask, output_attentions,
-                                 output_hidden_states)
-        return as_tuple(output, return_dict)
-
-    def encode(self, patches: Tensor, index: Tensor) -> Tensor:
-        """patches (B, N_vis, P, C), their index in the clip (B or 1, N_vis) -> (B, N_vis, D)."""
-        x = self.embed(patches, index)
+    def forward(self, patches: Tensor, index: Tensor | slice = slice(None),
+                look: "Look | None" = None) -> Tensor:
+        """patches (B, M, P, C), index (B, M) of their positions, by default all N -> (B, M, D)."""
+        x = self.patch_embed(patches.flatten(2)) + self.positions[index]
         for block in self.blocks:
-            x = block(x)
+            if look:
+                look.hidden_states.append(x)
+            x = block(x, look=look)
+        if look:
+            look.hidden_states.append(x)
         return self.norm(x)
 
-    def embed(self, patches: Tensor, index: Tensor) -> Tensor:
-        """patches (B, N_vis, P, C), their index in the clip (B or 1, N_vis) -> (B, N_vis, D)."""
-        return self.patch_embed(patches.flatten(2)) + self.positions[index]
 
-
-def check_inputs(pixel_values: Tensor, bool_masked_pos, config: VideoMAEConfig):
-    """Check clips and mask -> indices of visible and masked patches, on the clips' device."""
-    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        dtype = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        raise TypeError(f"pixel_values: got {dtype}, expected a float tensor, see `normalize`")
-    shape = (config.num_frames, config.num_channels, *config.image_hw)
-    if tuple(pixel_values.shape[1:]) != shape or pixel_values.shape[0] == 0:
-        raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, "
-                         f"num_frames, num_channels, height, width) = (batch, *{shape})")
-    if bool_masked_pos is None:
-        return torch.arange(config.num_patches, device=pixel_values.device)[None], None  # (1, N)
-    visible, masked = split_mask(bool_masked_pos)
-    got, expected = torch.cat([visible, masked], dim=1), (len(pixel_values), config.num_patches)
-    if got.shape != expected:
-        raise ValueError(f"bool_masked_pos: got shape {tuple(got.shape)}, expected {expected}")
-    return tuple(x.to(pixel_values.device, non_blocking=True) for x in (visible, masked))
-
-
-def as_tuple(output: tuple, return_dict: bool | None) -> tuple:
-    """With return_dict=False, a plain tuple of the fields that are not None."""
-    return tuple(x for x in output if x is not None) if return_dict is False else output
-
-
-# ---- Decoder and loss: what is thrown away after pretraining ------------------------------------
+# ---- Decoder: what is thrown away after pretraining ---------------------------------------------
 
 class VideoMAEDecoder(nn.Module):
     """Predicts masked patches from visible ones. Narrow and shallow: it processes all N tokens.
@@ -504,197 +388,441 @@ class VideoMAEDecoder(nn.Module):
         super().__init__()
         dim, std = config.decoder_hidden_size, config.initializer_range
         self.encoder_to_decoder = nn.Linear(config.hidden_size, dim, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # learned; stands at masked patches
-        nn.init.trunc_normal_(self.mask_token, std=std, a=-std, b=std)  # as the authors
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # stands in for masked patches
+        nn.init.trunc_normal_(self.mask_token, std=std, a=-std, b=std)  # as in the authors' code
         self.register_buffer("positions", position_table(config, dim), persistent=False)
         heads, hidden_dim = config.decoder_num_attention_heads, config.decoder_intermediate_size
         self.blocks = nn.ModuleList(
             Block(dim, heads, hidden_dim, config) for _ in range(config.decoder_num_hidden_layers)
-        ).apply(init_block_weights)
+        ).apply(init_linear)
         self.norm = nn.LayerNorm(dim, eps=config.head_norm_eps)
-        self.head = nn.Linear(dim, config.patch_dim).apply(init_block_weights)
+        self.head = nn.Linear(dim, config.patch_dim).apply(init_linear)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """encoded (B, N_vis, D), indices (B, N_vis) and (B, N_mask) -> (B, N_mask, P * C)."""
         num_masked = masked.shape[1]
-        mask_tokens = self.mask_token.expand(len(encoded), num_masked, -1)
+        mask_tokens = self.mask_token.expand(len(masked), num_masked, -1)
         x = torch.cat([self.encoder_to_decoder(encoded), mask_tokens], dim=1)  # (B, N, D_dec)
-        positions = self.positions[torch.cat([visible, masked], dim=1)]
-        # Tokens that a changed encoder puts in front of its patches, as a [CLS], get no position.
-        x = x + F.pad(positions, (0, 0, x.shape[1] - positions.shape[1], 0))
-        *blocks, last = self.blocks
+        x = x + self.positions[torch.cat([visible, masked], dim=1)]
+        *blocks, last_block = self.blocks
         for block in blocks:
             x = block(x)
-        x = last(x, queries=slice(-num_masked, None))  # (B, N_mask, D_dec), all that is used
+        x = last_block(x, wanted=slice(-num_masked, None))  # (B, N_mask, D_dec), all that is used
         return self.head(self.norm(x))
 
 
-class VideoMAEForPreTrainingOutput(NamedTuple):
-    """What pretraining gives."""
-    loss: Tensor  # () mean squared error over the masked patches
-    logits: Tensor  # (B, N_mask, P * C) predicted patches, in increasing order of position
-    hidden_states: tuple[Tensor, ...] | None = None  # the encoder's, see BaseModelOutput
-    attentions: tuple[Tensor, ...] | None = None
-
+# ---- Pretraining: the masked autoencoder (paper, section 3) -------------------------------------
 
 class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
-    """Masked autoencoder: encoder -> decoder -> loss on the masked patches (paper, section 3)."""
+    """The masked autoencoder. `autoencode` is the method, line by line."""
 
-    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel,
-                 decoder_class=VideoMAEDecoder):
-        super().__init__()
-        self.config = config
-        self.videomae, self.decoder = encoder_class(config), decoder_class(config)
+    def __init__(self, config: VideoMAEConfig):
+        super().__init__(config)
+        if config.use_mean_pooling:
+            warnings.warn("use_mean_pooling: got True, which drops the norm at the encoder's end; "
+                          "pass False to pretrain as published", stacklevel=2)
+        self.videomae = VideoMAEModel(config)  # transformers' name for what holds the encoder
+        self.decoder = VideoMAEDecoder(config)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | tuple[Tensor, Tensor],
-                return_dict: bool | None = None, **options) -> VideoMAEForPreTrainingOutput:
-        """pixel_values: (B, T, C, H, W) float, normalized with ImageNet's mean and std.
-        bool_masked_pos: (B, N) bool, True = masked, see `random_mask`, or what `split_mask` made
-            of it, which torch.compile(fullgraph=True) needs. options: see VideoMAEModel."""
-        # Split here too, because None, all visible, is not allowed.
-        visible, masked = check_inputs(pixel_values, split_mask(bool_masked_pos), self.config)
-        # Computed first, so that its temporaries are freed before the encoder runs.
-        with torch.no_grad():
-            target = self.target(pixel_values, masked)  # (B, N_mask, P * C)
-        encoded, *seen = self.videomae(pixel_values, (visible, masked), **options)
-        logits = self.decoder(encoded, visible, masked)  # (B, N_mask, P * C)
-        loss = self.loss(logits, target)
-        return as_tuple(VideoMAEForPreTrainingOutput(loss, logits, *seen), return_dict)
-
-    def target(self, pixel_values: Tensor, masked: Tensor) -> Tensor:
-        """What to predict: pixel_values (B, T, C, H, W), masked (B, N_mask) -> (B, N_mask, P * C).
-
-        With `norm_pix_loss`, each patch is normalized by its own mean and std: it is structure that
-        is predicted, not brightness (the paper, after MAE). Else the pixels in [0, 1].
-        """
-        patches = patchify(pixel_values, self.config.tubelet_size, self.config.patch_size)
-        patches = take(patches, masked).float()  # (B, N_mask, P, C)
-        normalized = self.config.norm_pix_loss
-        return (normalize_patches(patches)[0] if normalized else denormalize(patches)).flatten(2)
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error, both (B, N_mask, P * C) -> ()."""
-        if logits.shape != target.shape:
-            raise ValueError(f"target: got {tuple(target.shape)}, expected {tuple(logits.shape)}")
-        return F.mse_loss(logits.float(), target)
+    def autoencode(self, pixel_values: Tensor, visible: Tensor, masked: Tensor,
+                   look: "Look | None" = None) -> tuple[Tensor, Tensor]:
+        """clips (B, T, C, H, W), indices (B, N_vis) of visible and (B, N_mask) of masked patches ->
+        loss (), predicted patches (B, N_mask, P * C). Shapes below: ViT-B at mask ratio 0.9.
+        torch.compile(model.autoencode, fullgraph=True) works."""
+        patches = patchify(pixel_values, self.config)  # (B, 1568, 512, 3)
+        target = self.target(take(patches, masked))  # (B, 1408, 1536)
+        encoded = self.videomae.encoder(take(patches, visible), visible, look)  # (B, 160, 768)
+        predicted = self.decoder(encoded, visible, masked)  # (B, 1408, 1536)
+        loss = F.mse_loss(predicted.float(), target)
+        return loss, predicted
 
     @torch.no_grad()
-    def reconstruct(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> tuple[Tensor, ...]:
-        """-> three videos (B, T, C, H, W): original, masked (grey), reconstruction, scaled to
-        [0, 1] where C is 3, but not clamped. Call `eval()` first.
+    def target(self, patches: Tensor) -> Tensor:
+        """What to predict: patches (B, M, P, C) -> (B, M, P * C). With norm_pix_loss, pixels are
+        normalized per patch and per channel, so that the model predicts structure, not brightness
+        (the paper, after MAE). Without it, they are scaled to [0, 1]."""
+        patches = patches.float()
+        if not self.config.norm_pix_loss:
+            return denormalize(patches).flatten(2)
+        mean, std = patch_statistics(patches)
+        return ((patches - mean) / std).flatten(2)
 
-        A `norm_pix_loss` model predicts neither brightness nor contrast: its patches borrow the
-        mean and std of the true ones. Say so under the picture.
-        """
-        visible, masked = check_inputs(pixel_values, split_mask(bool_masked_pos), self.config)
-        sizes = self.config.tubelet_size, self.config.patch_size
-        patches = patchify(pixel_values.float(), *sizes)  # (B, N, P, C)
-        predicted = self(pixel_values, (visible, masked)).logits.float()
-        predicted = predicted.view(*masked.shape, *patches.shape[2:])  # (B, N_mask, P, C)
-        if self.config.norm_pix_loss:
-            _, mean, std = normalize_patches(take(patches, masked))
-            predicted = denormalize(predicted * std + mean)
-        original = denormalize(patches)
-        index = masked[..., None, None].expand_as(predicted)
-        grey, filled = original.scatter(1, index, 0.5), original.scatter(1, index, predicted)
-        return tuple(unpatchify(x, self.config.grid, *sizes) for x in (original, grey, filled))
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor, **options) -> tuple:
+        """pixel_values (B, T, C, H, W) float, normalized with ImageNet's mean and std;
+        bool_masked_pos (B, N) bool, True = masked, the same count in each clip -> loss (), and
+        logits (B, N_mask, P * C), in increasing order of position. options: see Look."""
+        look = Look(self.config, **options)
+        check_inputs(self.config, pixel_values, bool_masked_pos)
+        visible, masked = split_mask(bool_masked_pos, pixel_values.device)
+        loss, logits = self.autoencode(pixel_values, visible, masked, look)
+        return look.output(loss=loss, logits=logits)
 
 
-def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """patches (B, M, P, C) -> each patch and channel normalized over its pixels, and their mean and
-    std (B, M, 1, C). Source: the authors' engine_for_pretraining.py."""
-    # The authors add 1e-6 to the std of pixels in [0, 1]; here both are divided by IMAGENET_STD.
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """patches (B, M, P, C) -> mean and std, per patch and per channel, (B, M, 1, C). Source: the
+    authors' engine_for_pretraining.py."""
+    # The authors add 1e-6 to the std of pixels in [0, 1]; ours are already divided by IMAGENET_STD.
     eps = 1e-6 / patches.new_tensor(IMAGENET_STD) if patches.shape[-1] == 3 else 1e-6
     mean = patches.mean(dim=2, keepdim=True)
-    centred = patches - mean
-    # Unbiased, as published; torch.var_mean is several times slower along such a dimension.
-    std = (centred.square().sum(dim=2, keepdim=True) / (patches.shape[2] - 1)).sqrt() + eps
-    return centred / std, mean, std
+    # Unbiased, as published; torch.var_mean is several times slower along dim 2.
+    variance = (patches - mean).square().sum(dim=2, keepdim=True) / (patches.shape[2] - 1)
+    return mean, variance.sqrt() + eps
 
 
 # ---- Classifier: the encoder and one linear layer -----------------------------------------------
 
-class ImageClassifierOutput(NamedTuple):
-    """What a classifier gives."""
-    loss: Tensor | None  # (), where labels were given
-    logits: Tensor  # (B, num_labels)
-    hidden_states: tuple[Tensor, ...] | None = None  # the encoder's, see BaseModelOutput
-    attentions: tuple[Tensor, ...] | None = None
-
-
 class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
-    """All patches through the encoder, then one linear layer; see the table beside VideoMAEModel.
-    From a pretraining checkpoint the decoder is dropped and the head is new. The authors fine-tune
-    with `use_mean_pooling=True`. Pass it: a pretraining checkpoint's config has False."""
+    """All patches go through the encoder, then one linear layer. From a pretraining checkpoint, the
+    decoder is dropped and the head is new. The authors fine-tune with use_mean_pooling=True, which
+    also drops encoder.norm for a new fc_norm. Pass it: a pretraining checkpoint's config has False.
+    """
 
-    def __init__(self, config: VideoMAEConfig, encoder_class=VideoMAEModel):
-        super().__init__()
-        self.config = config
-        self.videomae = encoder_class(config)
+    def __init__(self, config: VideoMAEConfig):
+        super().__init__(config)
+        self.videomae = VideoMAEModel(config)
         dim, has_norm = config.hidden_size, config.use_mean_pooling
         self.fc_norm = nn.LayerNorm(dim, eps=config.head_norm_eps) if has_norm else None
         self.classifier = nn.Linear(dim, config.num_labels)
         nn.init.trunc_normal_(self.classifier.weight, std=config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None,
-                return_dict: bool | None = None, **options) -> ImageClassifierOutput:
-        """pixel_values: (B, T, C, H, W) float, normalized.
-        labels: (B,) class indices for a cross-entropy loss; where num_labels is 1, (B,) floats for
-            a mean squared error. options: see VideoMAEModel."""
-        x, *seen = self.videomae(pixel_values, **options)  # (B, N, D)
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **options) -> tuple:
+        """pixel_values (B, T, C, H, W) float, normalized -> logits (B, num_labels). With labels
+        (B,), class indices, also their cross-entropy as loss (). options: see Look."""
+        look = Look(self.config, **options)
+        check_inputs(self.config, pixel_values)
+        x = self.videomae.encoder(patchify(pixel_values, self.config), look=look)  # (B, N, D)
         if self.fc_norm is not None:
             x = self.fc_norm(x.mean(dim=1))  # (B, D)
         else:
             x = x[:, 0]  # VideoMAE has no [CLS] token: this is the first patch's, as published
         logits = self.classifier(x)
-        loss = None if labels is None else self.loss(logits, labels)
-        return as_tuple(ImageClassifierOutput(loss, logits, *seen), return_dict)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (B, num_labels), labels (B,) -> ()."""
-        is_regression = self.config.num_labels == 1
-        if labels.is_floating_point() != is_regression or labels.shape != logits.shape[:1]:
-            kind = "floats (num_labels is 1: regression)" if is_regression else "class indices"
-            raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected "
-                             f"{kind} of shape ({len(logits)},)")
-        if is_regression:
-            return F.mse_loss(logits[:, 0], labels)
-        return F.cross_entropy(logits, labels.long())
+        loss = None if labels is None else classification_loss(logits, labels)
+        return look.output(loss=loss, logits=logits)
 
 
-# ---- Looking inside: transformers' options that keep or change what the encoder computes --------
+# ---- The method ends here ----------------------------------------------------------------------
 
-def look_inside(encoder: VideoMAEModel, patches: Tensor, index: Tensor, head_mask: Tensor | None,
-                output_attentions: bool, output_hidden_states: bool) -> BaseModelOutput:
-    """`encoder.encode`, with attention written out: the fused kernel never holds the weights."""
-    blocks, heads = encoder.blocks, encoder.config.num_attention_heads
-    if any(type(block.attn).attend is not Attention.attend for block in blocks):
-        raise TypeError("head_mask, output_*: got an attention of another kind, which they ignore")
-    head_mask = torch.ones(heads) if head_mask is None else head_mask
-    if head_mask.shape not in ((heads,), (len(blocks), heads)):
-        raise ValueError(f"head_mask: got shape {tuple(head_mask.shape)}, expected (heads,) or "
-                         f"(layers, heads) = ({len(blocks)}, {heads})")
-    head_mask = head_mask.to(patches).expand(len(blocks), heads)
-    hidden_states, attentions = [], []
+# ==== Part two: everything else ==================================================================
 
-    def attend(attention, mask, q, k, v):
+# ---- Named sizes --------------------------------------------------------------------------------
+
+def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **more) -> dict:
+    """A ViT for pretraining, with the authors' eps and an MLP ratio of 4."""
+    return dict(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * width, use_mean_pooling=False,
+        layer_norm_eps=1e-6, head_norm_eps=1e-6,
+        decoder_hidden_size=decoder_width, decoder_num_hidden_layers=decoder_layers,
+        decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * decoder_width,
+    ) | more
+
+
+# small to huge: the authors' modeling_pretrain.py, decoder depths from scripts/kinetics. giant:
+# VideoMAE V2's, with an MLP ratio of 48/11. tiny and laptop are this project's own.
+PRESETS = {
+    "small": _vit(384, 12, 6, 192, 4, 3),
+    "base": _vit(768, 12, 12, 384, 4, 6),
+    "large": _vit(1024, 24, 16, 512, 12, 8),
+    "huge": _vit(1280, 32, 16, 640, 12, 8),
+    "giant": _vit(1408, 40, 16, 512, 4, 8, patch_size=14, intermediate_size=6144),
+    "tiny": _vit(128, 4, 4, 96, 1, 3, image_size=32, patch_size=8, num_frames=8,
+                 position_embedding="separable"),
+    "laptop": _vit(192, 6, 3, 96, 2, 3, image_size=112, position_embedding="separable"),
+}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+               "relu": F.relu, "selu": F.selu}
+
+
+# ---- Details of the modules ---------------------------------------------------------------------
+
+def init_linear(module: nn.Module):
+    """Xavier-uniform weights and zero biases, as the authors initialize blocks and decoder head.
+    The embedding and encoder_to_decoder keep PyTorch's default, as theirs do. transformers uses
+    normal(0, 0.02), which suits widths near 768; narrow ones need a std that scales with width."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Drop(nn.Module):
+    """Dropout, then drop path: in training, skip a block's branch for a random share of clips."""
+
+    def __init__(self, dropout: float, drop_path: float):
+        super().__init__()
+        self.dropout, self.drop_path = nn.Dropout(dropout), drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, D) -> (B, M, D)."""
+        x = self.dropout(x)
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path)
+        return x * keep / (1 - self.drop_path)
+
+
+def other_positions(config: VideoMAEConfig, dim: int) -> Tensor:
+    """(N, dim) float32: positions made for another grid, interpolated; or "separable" ones, where
+    time, row and column get a third of the width each, so adjacent patches share two of them."""
+    t, h, w = config.position_grid or config.grid
+    if config.position_embedding == "sinusoid":
+        table = sinusoid(t * h * w, dim)
+    else:
+        third = dim // 6 * 2  # even, so that sin and cos stay together; time takes the rest
+        time, row, column = torch.cartesian_prod(*map(torch.arange, (t, h, w))).T  # (N,) each
+        table = torch.cat([sinusoid(t, dim - 2 * third)[time], sinusoid(h, third)[row],
+                           sinusoid(w, third)[column]], dim=1)
+
+    table = rearrange(table, "(t h w) d -> 1 d t h w", t=t, h=h)
+    if (t, h, w) != config.grid:
+        table = F.interpolate(table, size=config.grid, mode="trilinear")
+    return rearrange(table, "1 d t h w -> (t h w) d").float()
+
+
+# ---- Checks, which raise ValueError or TypeError ------------------------------------------------
+
+def check_choice(name: str, value, allowed):
+    """Raise ValueError unless the value is among those allowed."""
+    if value not in tuple(allowed):
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, allowed))}")
+
+
+def check_config(config: VideoMAEConfig):
+    """Check a config's fields, and set num_labels from the names of the labels."""
+    height, width = config.image_hw
+    for name, size, divisor in (
+        ("image_size", height, "patch_size"),
+        ("image_size", width, "patch_size"),
+        ("num_frames", config.num_frames, "tubelet_size"),
+        ("hidden_size", config.hidden_size, "num_attention_heads"),
+        ("decoder_hidden_size", config.decoder_hidden_size, "decoder_num_attention_heads"),
+    ):
+        by = getattr(config, divisor)
+        if min(size, by) < 1 or size % by:
+            raise ValueError(f"{name}: got {size}, expected a multiple of {divisor} {by}")
+    check_choice("position_embedding", config.position_embedding, ("sinusoid", "separable"))
+    if not callable(config.hidden_act):
+        check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
+    if config.norm_pix_loss and config.tubelet_size * config.patch_size**2 == 1:
+        raise ValueError("norm_pix_loss: got True, expected False for patches of a single pixel")
+
+    if isinstance(config.id2label, list):
+        config.id2label = dict(enumerate(config.id2label))
+    num_names = len(config.id2label or ()) or config.num_labels or 2
+    config.num_labels = config.num_labels or num_names
+    if config.num_labels != num_names:
+        raise ValueError(f"num_labels: got {config.num_labels}, but id2label has {num_names} names")
+
+
+def check_frames(frames, config: VideoMAEConfig) -> Tensor:
+    """Frames as `preprocess` takes them -> (T, 3, H, W) uint8."""
+    if not isinstance(frames, Tensor):
+        frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+    channels_last = frames.shape[-1] == 3
+    is_video = frames.ndim == 4 and channels_last != (frames.shape[1] == 3)
+    if not is_video or frames.dtype != torch.uint8:
+        raise ValueError(f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected "
+                         "uint8 (T, H, W, 3) or (T, 3, H, W)")
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels: got {config.num_channels}, expected 3, as frames have")
+    return rearrange(frames, "t h w c -> t c h w") if channels_last else frames
+
+
+def check_inputs(config: VideoMAEConfig, pixel_values: Tensor, bool_masked_pos=None):
+    """Raise unless clips are float (B, T, C, H, W) of the config's sizes, and a mask is (B, N)."""
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        dtype = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+        raise TypeError(f"pixel_values: got {dtype}, expected a float tensor, see `preprocess`")
+    shape = (config.num_frames, config.num_channels, *config.image_hw)
+    if tuple(pixel_values.shape[1:]) != shape or pixel_values.shape[0] == 0:
+        raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, "
+                         f"{', '.join(map(str, shape))})")
+    if bool_masked_pos is not None:
+        got, expected = np.shape(bool_masked_pos), (len(pixel_values), config.num_patches)
+        if got != expected:
+            raise ValueError(f"bool_masked_pos: got shape {(*got,)}, expected {expected}")
+
+
+def check_mask(mask) -> tuple[Tensor, int]:
+    """(B, N) bools, as a tensor, an array or lists -> a tensor, and how many each clip masks."""
+    expected = ("expected bool (batch, patches), with the same number masked in each clip, more "
+                "than 0 and less than all")
+    if mask is None:
+        raise TypeError(f"bool_masked_pos: got None, {expected}")
+    mask = torch.as_tensor(mask)
+    if mask.dtype is not torch.bool or mask.ndim != 2 or 0 in mask.shape:
+        raise ValueError(f"bool_masked_pos: got {mask.dtype} of shape {(*mask.shape,)}, {expected}")
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
+        raise ValueError(f"bool_masked_pos: got {counts} masked patches, {expected}")
+    return mask, counts[0]
+
+
+# ---- Classification loss ------------------------------------------------------------------------
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (B, num_labels), labels (B,) class indices -> cross-entropy (), which skips labels of
+    -100; or, where num_labels is 1, labels (B,) floats -> mean squared error ()."""
+    labels = torch.as_tensor(labels, device=logits.device)
+    is_regression = logits.shape[1] == 1
+    if labels.numel() != len(logits) or labels.is_floating_point() != is_regression:
+        kind = "floats (num_labels is 1: regression)" if is_regression else "class indices"
+        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected "
+                         f"{kind} of shape ({len(logits)},)")
+    if is_regression:
+        return F.mse_loss(logits[:, 0], labels.flatten())
+    if labels.device.type == "cpu" and labels.max() >= logits.shape[1]:  # would synchronize a GPU
+        raise ValueError(f"labels: got {labels.max()}, expected less than {logits.shape[1]}")
+    return F.cross_entropy(logits, labels.flatten().long())
+
+
+# ---- The encoder as a model, outputs and options under transformers' names ----------------------
+
+class VideoMAEModel(VideoMAEPreTrainedModel):
+    """The encoder as a model of its own: clips in, tokens out."""
+
+    def __init__(self, config: VideoMAEConfig):
+        super().__init__(config)
+        self.encoder = VideoMAEEncoder(config)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
+                **options) -> tuple:
+        """pixel_values (B, T, C, H, W) float, normalized; bool_masked_pos (B, N) bool, True =
+        masked -> last_hidden_state (B, N_vis, D); all N without a mask. options: see Look."""
+        look = Look(self.config, **options)
+        check_inputs(self.config, pixel_values, bool_masked_pos)
+        patches, index = patchify(pixel_values, self.config), slice(None)  # (B, N, P, C)
+        if bool_masked_pos is not None:
+            index, _ = split_mask(bool_masked_pos, pixel_values.device)
+            patches = take(patches, index)  # (B, N_vis, P, C)
+        return look.output(last_hidden_state=self.encoder(patches, index, look))
+
+
+def output_type(fields: tuple[str, ...]) -> type:
+    """A named tuple of what a call returns. Missing fields read as None and are left out of the
+    tuple, so that output[0] is the first field that is there, as in transformers."""
+    kind = namedtuple("ModelOutput", fields, module=__name__)
+    for missing in {"loss", "hidden_states", "attentions"} - set(fields):
+        setattr(kind, missing, None)
+    return kind
+
+
+OUTPUT_TYPES = {  # made here, once, because torch.compile cannot make a class
+    (*own, *seen): output_type((*own, *seen))
+    for own in (("last_hidden_state",), ("logits",), ("loss", "logits"))
+    for seen in ((), ("hidden_states",), ("attentions",), ("hidden_states", "attentions"))
+}
+
+
+@dataclass
+class Look:
+    """The options of `forward`, as in transformers, and what they record of the encoder. Each call
+    has its own and passes it on as an argument, so that threads can share a model."""
+
+    config: VideoMAEConfig
+    head_mask: Tensor | None = None  # (heads,) or (layers, heads); 1 keeps a head, 0 turns it off
+    output_attentions: bool | None = None  # each block's weights, (B, heads, M, M)
+    output_hidden_states: bool | None = None  # the embedding and each block's output, (B, M, D)
+    return_dict: bool | None = None  # False returns a plain tuple
+
+    def __post_init__(self):
+        self.hidden_states, self.attentions = [], []
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
+            if getattr(self, name) is None:  # then the config decides, as in transformers
+                setattr(self, name, self.config.extra.get(name))
+        shape = self.config.num_hidden_layers, self.config.num_attention_heads
+        if self.head_mask is not None and self.head_mask.shape not in (shape[1:], shape):
+            raise ValueError(f"head_mask: got shape {tuple(self.head_mask.shape)}, expected "
+                             f"(heads,) or (layers, heads) = {shape}")
+        self.needs_weights = bool(self.output_attentions) or self.head_mask is not None
+
+    def __bool__(self) -> bool:
+        """Whether anything must be recorded or masked."""
+        return self.needs_weights or bool(self.output_hidden_states)
+
+    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attention.attend`, written out where the fused kernel would not return the weights."""
+        if not self.needs_weights:
+            return attention.attend(q, k, v)
+        if type(attention).attend is not Attention.attend or "attend" in vars(attention):
+            raise TypeError("head_mask, output_attentions: got an overridden `attend`, whose "
+                            "attention weights are unknown")
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        weights = F.dropout(weights, attention.dropout, attention.training)  # (B, heads, N, N)
-        weights = weights * mask.view(-1, 1, 1)
-        attentions.append(weights)
+        weights = F.dropout(weights, attention.dropout, attention.training)  # (B, heads, M, M)
+        if self.head_mask is not None:
+            mask = self.head_mask.to(weights).expand(self.config.num_hidden_layers, -1)
+            weights = weights * mask[len(self.attentions)].view(-1, 1, 1)
+        self.attentions.append(weights)
         return weights @ v
 
-    hooks = [b.register_forward_pre_hook(lambda _, x: hidden_states.append(x[0])) for b in blocks]
-    for block, mask in zip(blocks, head_mask, strict=True):
-        block.attn.attend = partial(attend, block.attn, mask)
-    hooks.append(blocks[-1].register_forward_hook(lambda _, __, x: hidden_states.append(x)))
+    def output(self, **fields) -> tuple:
+        """A model's output: its own fields that are not None, and what was asked for."""
+        if self.needs_weights and len(self.attentions) != self.config.num_hidden_layers:
+            raise TypeError("head_mask, output_attentions: got an overridden attention or block, "
+                            "which does not pass `look` on")
+        if self.output_hidden_states:
+            fields["hidden_states"] = tuple(self.hidden_states)
+        if self.output_attentions:
+            fields["attentions"] = tuple(self.attentions)
+        fields = {field: x for field, x in fields.items() if x is not None}
+        return_dict = self.return_dict is not False
+        return OUTPUT_TYPES[(*fields,)](**fields) if return_dict else tuple(fields.values())
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruct(model: VideoMAEForPreTraining, pixel_values: Tensor, bool_masked_pos: Tensor,
+                grey: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """-> three videos (B, T, C, H, W): original, masked, reconstruction. They are scaled to [0, 1]
+    where C is 3, but not clamped. Call `model.eval()` first.
+
+    A norm_pix_loss model predicts neither brightness nor contrast: its patches borrow the mean and
+    std of the true ones. Mention this in a caption."""
+    config = model.config
+    check_inputs(config, pixel_values, bool_masked_pos)
+    visible, masked = split_mask(bool_masked_pos, pixel_values.device)
+    patches = patchify(pixel_values.float(), config)  # (B, N, P, C)
+    _, predicted = model.autoencode(pixel_values, visible, masked)  # (B, N_mask, P * C)
+    predicted = predicted.float().unflatten(2, patches.shape[2:])  # (B, N_mask, P, C)
+    if config.norm_pix_loss:
+        mean, std = patch_statistics(take(patches, masked))
+        predicted = denormalize(predicted * std + mean)
+
+    original = denormalize(patches)
+    index = masked[..., None, None].expand_as(predicted)
+    greyed, filled = original.scatter(1, index, grey), original.scatter(1, index, predicted)
+    return tuple(unpatchify(x, config) for x in (original, greyed, filled))
+
+
+def unpatchify(patches: Tensor, config: VideoMAEConfig) -> Tensor:
+    """(B, N, P, C) -> (B, T, C, H, W), the inverse of `patchify`."""
+    t, h, w = config.grid
+    return rearrange(patches, "b (t h w) (pt ph pw) c -> b (t pt) c (h ph) (w pw)", t=t, h=h, w=w,
+                     pt=config.tubelet_size, ph=config.patch_size, pw=config.patch_size)
+
+
+def denormalize(patches: Tensor) -> Tensor:
+    """Undo `normalize` for patches (..., P, C), back to [0, 1]. Unless C is 3, pixels were never
+    normalized and stay as they are."""
+    if patches.shape[-1] != 3:
+        return patches
+    mean, std = patches.new_tensor([IMAGENET_MEAN, IMAGENET_STD])
+    return torch.addcmul(mean, patches, std)
+
+
+# ---- Loading and saving -------------------------------------------------------------------------
+
+def import_checkpoints():
+    """The module checkpoints.py beside this file, at the top level or in the same package."""
     try:
-        x = encoder.encode(patches, index)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for block in blocks:
-            del block.attn.attend  # back to the method
-    return BaseModelOutput(x, tuple(hidden_states) if output_hidden_states else None,
-                           tuple(attentions) if output_attentions else None)
+        if __package__:
+            from . import checkpoints
+        else:
+            import checkpoints
+    except ImportError as error:
+        if error.name not in ("checkpoints", __package__):
+            raise
+        raise ImportError("to load and save, put checkpoints.py beside videomae.py") from error
+    return checkpoints
