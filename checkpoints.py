@@ -4,19 +4,21 @@
     python checkpoints.py SOURCE TARGET [field=value ...]   and write a directory for transformers
 
 SOURCE is a directory as transformers 4 or 5 writes it, a hub id such as MCG-NJU/videomae-base, or a
-file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors), of which nothing is executed.
-What a file does not say is given as fields of the config, in JSON: num_attention_heads=3. Wrong
-input raises a ValueError or TypeError that names it. Needs torch, einops and safetensors; with
-TARGET, processor.py.
+file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors). Loading never executes code
+from a file. Add what a file does not tell as fields of VideoMAEConfig in JSON, such as
+num_attention_heads=3. Needs safetensors and videomae.py.
 """
 import json
 import logging
 import os
+import re
 import sys
 import threading
+import warnings
 import zipfile
 from argparse import Namespace
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -26,34 +28,42 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-logger = logging.getLogger("videomae")  # says what is dropped and what is newly initialized
+if __package__:
+    from . import videomae
+else:
+    import videomae
+
+logger = logging.getLogger("videomae")  # reports unused weights and newly initialized ones
 
 
 # ---- Names and shapes ---------------------------------------------------------------------------
 
 NAMES = [  # in a transformers directory, and here; ^ is the start of a name
-    ("embeddings.patch_embeddings.projection.", "patch_embed."),
-    ("encoder.layer.", "blocks."),
+    ("embeddings.patch_embeddings.projection.", "encoder.patch_embed."),
+    ("encoder.layer.", "encoder.blocks."),
     ("decoder.decoder_layers.", "decoder.blocks."),
     ("layernorm_before.", "norm1."),
     ("layernorm_after.", "norm2."),
+    ("layernorm.", "encoder.norm."),
     ("attention.attention.", "attn."),
     ("attention.output.dense.", "attn.proj."),
     ("intermediate.dense.", "mlp.fc1."),
     ("output.dense.", "mlp.fc2."),
-    ("^layernorm.", "^norm."),
-    ("^videomae.layernorm.", "^videomae.norm."),
     ("^encoder_to_decoder", "^decoder.encoder_to_decoder"),
     ("^mask_token", "^decoder.mask_token"),
 ]
 OTHER_NAMES = [  # the authors' and VideoMAE V2's, and the biases of transformers 5
-    ("^encoder.", "^videomae."),
+    ("^patch_embed.", "^encoder.patch_embed."),
+    ("^blocks.", "^encoder.blocks."),
+    ("^norm.", "^encoder.norm."),
+    ("^encoder.", "^videomae.encoder."),
     ("patch_embed.proj.", "patch_embed."),
     ("^head.", "^classifier."),
     ("attn.query.bias", "attn.q_bias"),
     ("attn.value.bias", "attn.v_bias"),
 ]
-HEADS = ("decoder.", "classifier.", "fc_norm.", "videomae.norm.")  # not every model has them
+PREFIXES = re.compile(r"^((module|model|net|backbone|student|base_model)\.)+")  # of wrappers
+HEADS = ("decoder.", "classifier.", "fc_norm.", "videomae.encoder.norm.", "encoder.norm.")
 
 
 def rename(name: str, pairs) -> str:
@@ -65,23 +75,21 @@ def rename(name: str, pairs) -> str:
 
 
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights -> the names here, with "videomae." in front also of an encoder alone.
+    """Published weights -> the names of this project, those of an encoder alone as "videomae.".
     Query, key and value become one matrix, a Conv3d (D, C, pt, ph, pw) a Linear (D, pt ph pw C)."""
     out = {}
-    for name, x in state_dict.items():
-        name = name.removeprefix("module.").removeprefix("model.")
-        x = rearrange(x, "d c pt ph pw -> d (pt ph pw c)") if x.ndim == 5 else x
-        out[rename(name, NAMES + OTHER_NAMES)] = x
-    if not any(name.startswith("videomae.") for name in out):
-        out = {name if name.startswith(HEADS) else f"videomae.{name}": x
-               for name, x in out.items()}
+    for original, x in state_dict.items():
+        name = PREFIXES.sub("", original.replace("_orig_mod.", ""))  # torch.compile's, anywhere
+        name = rename(name, NAMES + OTHER_NAMES)
+        if name in out:
+            raise ValueError(f"state_dict: two weights are {name}, the second is {original}")
+        out[name] = rearrange(x, "d c pt ph pw -> d (pt ph pw c)") if x.ndim == 5 else x
     for query in [name for name in out if name.endswith("attn.query.weight")]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         matrices = [out.pop(name) for name in names if name in out]
         out[query.replace("query", "qkv")] = torch.cat(matrices)
-    if "videomae.patch_embed.weight" not in out:
-        raise ValueError(f"state_dict: got the names {list(state_dict)[:3]} ..., expected those of "
-                         "a VideoMAE, with an embedding of patches")
+    if "videomae.encoder.patch_embed.weight" not in out:
+        raise ValueError(f"state_dict: expected a VideoMAE, got {list(state_dict)[:4]} ...")
     return out
 
 
@@ -104,35 +112,47 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- Files --------------------------------------------------------------------------------------
 
-def find(source: str | os.PathLike) -> Path:
-    """A file or directory as it is; a hub id -> the directory it is downloaded to, once."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors",  # whole, or in shards
+           "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+PROCESSOR_FILE = "preprocessor_config.json"
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "model_ema")
+
+
+def find(source: str | os.PathLike, subfolder: str = "", **hub) -> Path:
+    """A local path as it is; a hub id -> the directory it is downloaded to, once."""
     path = Path(source)
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        path = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        if not any(path.glob("*.safetensors")):
-            snapshot_download(str(source), allow_patterns="*.bin")  # into the same directory
-    except Exception as error:
-        raise ValueError(f"source: {source} is neither here nor on the hub ({error})") from error
-    return path
+    if not path.exists():
+        try:
+            from huggingface_hub import snapshot_download
+
+            download = partial(snapshot_download, str(source), **hub)
+            patterns = [f"{subfolder}*.json", f"{subfolder}*.safetensors"]
+            path = Path(download(allow_patterns=patterns))
+            if not any((path / subfolder).glob("*.safetensors")):
+                download(allow_patterns=f"{subfolder}*.bin")  # into the same directory
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: not a local path, and not found on the Hugging Face Hub "
+                             f"({reason})") from error
+    return path / subfolder
 
 
-def read_checkpoint(source: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+def read_checkpoint(source: str | os.PathLike, **hub) -> tuple[dict[str, Tensor], dict]:
     """-> the state dict as it was saved, and what the config.json beside it says, {} without."""
-    path = find(source)
+    path = find(source, **hub)
+    directory, files = path.parent, [] if path.suffix == ".json" else [path]
     if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((file for file in files if file.exists()), None)
-        if path is None:
-            raise ValueError(f"source: no model.safetensors and no pytorch_model.bin in {source}")
-    config = path.with_name("config.json")
-    return read_file(path), read_file(config) if config.exists() else {}
+        directory, found = path, (sorted(path.glob(name)) for name in WEIGHTS)
+        files = next(filter(None, found), [])
+    if not files:
+        raise ValueError(f"{path}: expected weights, such as {' or '.join(WEIGHTS)}")
+    weights = {name: x for file in files for name, x in read_file(file).items()}
+    config = directory / "config.json"
+    return weights, read_file(config) if config.exists() else {}
 
 
 def read_file(path: Path) -> dict:
-    """What a .json, a .safetensors or a file of torch.save holds; nothing in it is executed."""
+    """What a .json, a .safetensors or a file of torch.save holds; never executes code from it."""
     try:
         if path.suffix == ".json":
             return {**json.loads(path.read_text(encoding="utf-8"))}
@@ -141,16 +161,21 @@ def read_file(path: Path) -> dict:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # a checksum differs, which torch does not see
         with torch.serialization.safe_globals([Namespace]):  # the authors' command line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("state_dict", "model", "module"):
-            content = content.get(wrapper, content)
-        return {str(name): Tensor.cpu(x) for name, x in content.items()}
+            content = {**torch.load(path, map_location="cpu", weights_only=True)}
     except Exception as error:  # not chained: torch's text proposes to execute the file
-        reason = type(error).__name__
-        raise ValueError(f"{path}: missing, damaged, or more than plain data ({reason})") from None
+        reason = f"missing, damaged, or more than plain data ({type(error).__name__})"
+        if blocked := re.search(r"GLOBAL (\S+) w", str(error)):
+            reason = f"holds a {blocked[1]}, which is not plain data; save the weights without it"
+        raise ValueError(f"{path}: {reason}") from None
+    for name in 2 * CONTAINERS:
+        content = content[name] if isinstance(content.get(name), dict) else content
+    weights = {str(name): x for name, x in content.items() if isinstance(x, Tensor)}
+    if not weights:
+        raise ValueError(f"{path}: expected weights, got only {list(content)}")
+    return weights
 
 
-def write_whole(path: Path, write):
+def write_atomic(path: Path, write):
     """Call write(a binary file) for a temporary file, then rename: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -170,36 +195,56 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
         if (Path(directory) / name).exists():
             raise ValueError(f"directory: {Path(directory) / name} exists already")
     for name, content in contents.items():
-        write_whole(Path(directory) / name, lambda file, content=content: file.write(content))
+        write_atomic(Path(directory) / name, lambda file, content=content: file.write(content))
 
 
-# ---- Configs ------------------------------------------------------------------------------------
+# ---- Options and fields -------------------------------------------------------------------------
 
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+NO_EFFECT = {"attn_implementation", "label2id", "low_cpu_mem_usage", "trust_remote_code",
+             "use_fast", "use_safetensors", "weights_only"}  # accepted; label2id is used before
 OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
                 "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
-LIMITS = {  # a corrupt config must not fill the memory before its weights are looked at
-    "num_hidden_layers": (0, 1000), "decoder_num_hidden_layers": (0, 1000),
-    "num_patches": (1, 100_000), "initializer_range": (1e-9, 1),
-}
+
+
+def split_fields(cls, values: dict) -> tuple[dict, dict]:
+    """Settings under any of their names -> fields of dataclass `cls`, and what is left. Labels are
+    named in a list, or by number, which JSON makes a string, or by label2id alone."""
+    values = {OTHER_FIELDS.get(name, name): x for name, x in values.items()}
+    labels = values.get("id2label")
+    if not labels and isinstance(values.get("label2id"), dict):
+        labels = {number: name for name, number in values["label2id"].items()}
+    if labels and isinstance(labels, (dict, list, tuple)):
+        pairs = labels.items() if isinstance(labels, dict) else enumerate(labels)
+        names = {str(number): name for number, name in pairs}
+        if names.keys() != set(map(str, range(len(names)))):
+            raise ValueError(f"id2label: got {list(names)}, expected 0 to {len(names) - 1}")
+        values["id2label"] = {i: names[str(i)] for i in range(len(names))}
+        values.setdefault("num_labels", len(names))
+    return {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}, values
+
+
+def sort_options(cls, options: dict) -> tuple[dict, dict]:
+    """Keyword arguments of a from_pretrained -> fields of dataclass `cls`, options of the hub."""
+    known, more = split_fields(cls, options)
+    if unknown := more.keys() - HUB_OPTIONS - NO_EFFECT:
+        raise TypeError(f"{cls.__name__}: got unknown {sorted(unknown)}, see docs/transformers.md")
+    return known, {name: x for name, x in more.items() if name in HUB_OPTIONS}
 
 
 def fields_from_json(cls, values: dict) -> dict:
     """A JSON file of any transformers -> fields of dataclass `cls`, unknown ones as "extra"."""
     if values.get("model_type", "videomae") != "videomae":
         raise ValueError(f"model_type: got {values['model_type']!r}, expected 'videomae'")
-    values = {OTHER_FIELDS.get(name, name): x for name, x in values.items()}
-    if isinstance(names := values.get("id2label"), dict) and names:
-        values["id2label"] = {int(i): label for i, label in names.items()}
-        values.setdefault("num_labels", len(names))
-    known = {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
+    known, extra = split_fields(cls, values)
     for f in fields(cls):
         if f.name in known and not fits(known[f.name], f.type):
             raise ValueError(f"{f.name}: got {known[f.name]!r}, expected a plausible {f.type}")
-    return known | {"extra": values}
+    return known | {"extra": extra}
 
 
 def fits(value, kind) -> bool:
-    """Whether a value from a JSON file is of a field's kind; a huge number is of none."""
+    """Whether a value from a JSON file is of a field's kind. Implausibly large ones never match."""
     if isinstance(kind, UnionType):
         return any(fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -210,30 +255,46 @@ def fits(value, kind) -> bool:
     return isinstance(value, get_origin(kind) or kind)
 
 
-def config_to_json(config) -> dict:
+# ---- Configs ------------------------------------------------------------------------------------
+
+PUBLISHED_SIZE = dict(num_frames=16, image_size=224)
+
+
+def config_to_json(config: videomae.VideoMAEConfig) -> dict:
     """For a config.json that every transformers reads."""
     values = dict(vars(config))
     labels = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)}
     del values["num_labels"]  # as in transformers, the number of names says it
     values |= dict(model_type="videomae", qkv_bias=values.pop("qv_bias"), id2label=labels,
-                   label2id={label: int(i) for i, label in labels.items()})
+                   label2id={label: i for i, label in labels.items()})
     return values.pop("extra") | values
+
+
+def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
+    """For a preprocessor_config.json: frames as the authors prepare them, the rest as by default.
+    Their short side becomes the model's long one, so that frames of any shape can be cropped."""
+    height, width = config.image_hw
+    return dict(size={"shortest_edge": max(height, width)},
+                crop_size={"height": height, "width": width},
+                image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD,
+                image_processor_type="VideoMAEImageProcessor")
 
 
 def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
     """Config fields from the weights' shapes. What these do not tell is assumed and logged, unless
-    it is `known`: the published 16 frames of 224 x 224, and the number of heads."""
-    conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
-    if conv is None:
-        raise ValueError("source: no Conv3d among the weights, expected a published VideoMAE")
+    it is `known`: the published 16 frames of 224 x 224, and heads of 64 numbers."""
     weights = convert_state_dict(state_dict)
+    conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
+    if conv is None:  # this project's own names
+        raise ValueError("the weights do not tell their config, pass config=VideoMAEConfig(...)")
     told = dict(zip(("num_channels", "tubelet_size", "patch_size"), conv.shape[1:4], strict=True))
-    told |= dict(qv_bias="videomae.blocks.0.attn.q_bias" in weights,
-                 use_mean_pooling="videomae.norm.weight" not in weights,
+    told |= dict(qv_bias="videomae.encoder.blocks.0.attn.q_bias" in weights,
+                 use_mean_pooling="videomae.encoder.norm.weight" not in weights,
                  layer_norm_eps=1e-6, head_norm_eps=1e-6)
     if "classifier.weight" in weights:
         told["num_labels"] = len(weights["classifier.weight"])
-    assumed = dict(num_frames=16, image_size=224)
+
+    assumed = dict(PUBLISHED_SIZE)
     for part, prefix, most_heads in (("videomae", "", 16), ("decoder", "decoder_", 8)):
         layers = [x for name, x in weights.items()
                   if name.startswith(part) and name.endswith("fc1.weight")]
@@ -241,7 +302,10 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
             hidden_dim, width = layers[0].shape
             told |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": hidden_dim,
                      f"{prefix}num_hidden_layers": len(layers)}
-            assumed[f"{prefix}num_attention_heads"] = min(width // 64, most_heads)
+            heads = f"{prefix}num_attention_heads"
+            if width % 64 and heads not in known:
+                raise ValueError(f"{heads}: pass it, since a width of {width} does not tell it")
+            assumed[heads] = min(width // 64, most_heads)
     if assumed := {name: x for name, x in assumed.items() if name not in known}:
         logger.warning(f"not told by the weights, assumed: {assumed}")
     return told | assumed | known
@@ -250,10 +314,12 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
 def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dict):
     """The config of a checkpoint, `values` being its config.json's, with fields of the caller's."""
     is_v2 = isinstance(values.get("model_config"), dict)  # VideoMAE V2's, which says little
-    known = fields_from_json(cls, values["model_config"] if is_v2 else values)
+    known = fields_from_json(videomae.VideoMAEConfig, values["model_config"] if is_v2 else values)
     if is_v2 or not values:
-        known = infer_config(state_dict, **overrides | known)
-    published = cls(**known)
+        if not issubclass(cls, videomae.VideoMAEForPreTraining):  # the decoder is dropped
+            state_dict = {name: x for name, x in state_dict.items() if "decoder" not in name}
+        known = infer_config(state_dict, **overrides | known) | PUBLISHED_SIZE | known
+    published = videomae.VideoMAEConfig(**known)
     if overrides.get("num_labels", published.num_labels) != published.num_labels:
         overrides = {"id2label": None} | overrides  # the names are of the old labels
     config = replace(published, **overrides)
@@ -261,55 +327,83 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dic
         grid = tuple(published.position_grid or published.grid)
         raise ValueError(f"position_grid: the grid changes from {published.grid} to {config.grid}, "
                          f"expected {grid} to interpolate the positions, or None for new ones")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{name}: got {getattr(config, name)}, expected {low} to {high}")
+    layers = max(config.num_hidden_layers, config.decoder_num_hidden_layers)
+    if layers > 1000 or config.num_patches > 100_000:  # which would fill the memory
+        raise ValueError(f"config: got {layers} layers and {config.num_patches} patches")
     return config
 
 
 # ---- Models -------------------------------------------------------------------------------------
 
-def load_model(cls, source, strict: bool, overrides: dict):
-    """See VideoMAEPreTrainedModel.from_pretrained in videomae.py."""
-    state_dict, values = read_checkpoint(source)
-    if names := overrides.get("id2label"):
-        overrides = {"num_labels": len(names)} | overrides
+def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=None, dtype=None,
+               torch_dtype=None, **options) -> nn.Module:
+    """A checkpoint -> a model in evaluation mode, in float32 unless dtype says otherwise.
+
+    strict: a weight that is missing, unknown or of another shape is an error; only new heads and an
+        unneeded decoder are logged. False loads what fits and logs the rest.
+    ignore_mismatched_sizes: weights of another shape are newly initialized and logged.
+    config: a VideoMAEConfig, instead of what the checkpoint says.
+    dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
+    options: fields of VideoMAEConfig, label2id, and HUB_OPTIONS."""
+    if not isinstance(config, (videomae.VideoMAEConfig, type(None))):
+        raise TypeError(f"config: got {type(config).__name__}, expected VideoMAEConfig of videomae")
+    dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
+    videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
+    if config:  # a position_grid of None is only its default
+        given = {name: x for name, x in vars(config).items() if name != "position_grid" or x}
+        options = given | options
+    overrides, hub = sort_options(videomae.VideoMAEConfig, options)
+    replaced = ("classifier.",) if "num_labels" in overrides else ()
+    if ignore_mismatched_sizes or not strict:
+        replaced = ("",)  # any
+    state_dict, values = read_checkpoint(source, **hub)
     try:
-        config = make_config(cls.config_class, state_dict, values, overrides)
-        with torch.device("meta"):  # shapes only: nothing is allocated yet
-            blank = cls(config)
-        expected, weights = blank.state_dict(), convert_state_dict(state_dict)
-        if not any(name.startswith("videomae.") for name in expected):  # the encoder alone
-            weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
-        fitting = {name: x for name, x in weights.items()
-                   if name not in expected or x.shape == expected[name].shape}
-
-        # A head is taken whole or not at all; one of other labels is replaced.
-        heads = *HEADS, "norm."  # the last one is an encoder's alone
-        ours, theirs = ({head for head in heads if any(name.startswith(head) for name in names)}
-                        for names in (expected, weights))
-        if "num_labels" in overrides and "classifier.weight" in expected.keys() - fitting.keys():
-            theirs.discard("classifier.")
-        new, unused = (ours - theirs) & {"classifier.", "fc_norm."}, theirs - ours
-        if new or unused:
-            logger.warning(f"{cls.__name__} from {source}: new, to be trained: {sorted(new)}, "
-                           f"not used: {sorted(unused)}")
-        if strict:
-            used = {name: x for name, x in weights.items() if not name.startswith(tuple(unused))}
-            used |= {name: x for name, x in expected.items() if name.startswith(tuple(new))}
-            blank.load_state_dict(used, assign=True)  # or an error that names all that is wrong
+        if config and not values:
+            config = replace(config, **overrides)
+        else:
+            config = make_config(cls, state_dict, values, overrides)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model itself warns, below
+            blank = cls(config)  # shapes only: nothing is allocated yet
+        weights = fit_weights(blank, convert_state_dict(state_dict), strict, replaced)
         model = cls(config)
-        different = model.load_state_dict(fitting, strict=False)
-    except (ValueError, RuntimeError) as error:
+        model.load_state_dict(weights, strict=False)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source}: {error}") from error
-    if not strict:
-        logger.warning(f"{cls.__name__} from {source}: {different}")
-    return model.eval()
+    if dtype == "auto":
+        dtype = next(x.dtype for x in state_dict.values() if x.is_floating_point())
+    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
-def save_model(model: nn.Module, directory):
+def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, replaced: tuple):
+    """The weights that a model uses. What is new or not used is logged, or an error if strict; a
+    head is taken whole or not at all. replaced: prefixes of what may come in another shape."""
+    expected = model.state_dict()
+    if not any(name.startswith("videomae.") for name in expected):  # the encoder alone
+        weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
+
+    ours, theirs = ({head for head in HEADS if any(name.startswith(head) for name in names)}
+                    for names in (expected, weights))
+    new = tuple((ours - theirs) & {"classifier.", "fc_norm."})
+    reshaped = {name for name in expected.keys() & weights.keys() if name.startswith(replaced)
+                and expected[name].shape != weights[name].shape}
+    used = {name: x for name, x in weights.items()
+            if name not in reshaped and not name.startswith(tuple(theirs - ours))}
+    fresh = {name: x for name, x in expected.items() if name in reshaped or name.startswith(new)}
+    missing, unknown = model.load_state_dict(used | fresh, strict=strict, assign=True)
+
+    def by_head(*names):
+        return sorted({next(filter(name.startswith, HEADS), name) for name in names})
+
+    new, unused = by_head(*fresh, *missing), by_head(*weights.keys() - used.keys(), *unknown)
+    if new or unused:
+        logger.warning(f"{type(model).__name__}: newly initialized: {new}, not used: {unused}")
+    return used
+
+
+def save_model(model: nn.Module, directory: str | os.PathLike):
     """config.json and model.safetensors, as transformers writes them."""
-    config, default = vars(model.config), vars(type(model.config)())
+    config, default = vars(model.config), vars(videomae.VideoMAEConfig())
     for name in ("position_embedding", "position_grid", "head_norm_eps"):
         if config[name] != default[name]:
             logger.warning(f"{directory}: transformers does not know {name}={config[name]}")
@@ -323,32 +417,24 @@ def save_model(model: nn.Module, directory):
 
 # ---- The command line ---------------------------------------------------------------------------
 
-def main(source: str, target: str | None = None, **fields):
+def main(source: str, target: str | None = None, **options):
     """Print what a checkpoint is and check its numbers; write it to `target`, for transformers."""
-    import videomae
-
-    names = convert_state_dict(read_checkpoint(source)[0])
-    cls = videomae.VideoMAEModel
-    if "classifier.weight" in names:
-        cls = videomae.VideoMAEForVideoClassification
-    if "decoder.norm.weight" in names:
-        cls = videomae.VideoMAEForPreTraining
-    model = cls.from_pretrained(source, **fields)
+    path = find(source, **{name: options[name] for name in HUB_OPTIONS & options.keys()})
+    names = convert_state_dict(read_checkpoint(path)[0])
+    kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,
+             "classifier.weight": videomae.VideoMAEForVideoClassification}
+    cls = next((kind for name, kind in kinds.items() if name in names), videomae.VideoMAEModel)
+    model = cls.from_pretrained(source, **options)
     count = sum(x.numel() for x in model.parameters())
     print(f"{source}: {cls.__name__}, {count / 1e6:.2f} M parameters\n{model.config}")
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
         raise ValueError(f"{source}: not finite: {', '.join(broken)}")
     if target:
-        from processor import VideoMAEImageProcessor
-
-        size = dict(zip(("height", "width"), model.config.image_hw, strict=True))
-        processor = VideoMAEImageProcessor(  # as the authors prepare their clips
-            size=min(size.values()), crop_size=size,
-            image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD)
-        if "image_size" not in fields and (find(source) / "preprocessor_config.json").exists():
-            processor = VideoMAEImageProcessor.from_pretrained(source)
+        processor = json.dumps(processor_to_json(model.config), indent=2).encode()
+        if (path / PROCESSOR_FILE).exists() and "image_size" not in options:
+            processor = (path / PROCESSOR_FILE).read_bytes()
         model.save_pretrained(target)
-        processor.save_pretrained(target)
+        write_new(target, {PROCESSOR_FILE: processor})
 
 
 if __name__ == "__main__":

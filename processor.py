@@ -6,25 +6,36 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from checkpoints import fields_from_json, find, read_file, write_new
-from videomae import check_choice
+from checkpoints import PROCESSOR_FILE, fields_from_json, find, read_file, sort_options, write_new
+from videomae import check_choice, resize
 
-FILE = "preprocessor_config.json"
-RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # Pillow's number -> torch's name
+# One number for all channels, or one for each:
+PerChannel = float | tuple[float] | tuple[(float,) * 2] | tuple[(float,) * 3] | tuple[(float,) * 4]
 
 
 class BatchFeature(dict):
-    """{"pixel_values": ...}, also as an attribute; the name is transformers'."""
+    """{"pixel_values": ...}, each key also as an attribute; the name is transformers'."""
 
-    pixel_values = property(lambda self: self["pixel_values"])
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
-    def to(self, *args, **kwargs):
-        """On another device, or of another dtype."""
-        return BatchFeature(pixel_values=self.pixel_values.to(*args, **kwargs))
+    def to(self, *args, **kwargs) -> "BatchFeature":
+        """Move every tensor, and cast those of floats; in place, as in transformers."""
+
+        def move(x):
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(move, x))
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                return x.to(x.new_empty(0, dtype=torch.float).to(*args, **kwargs).device)
+            return x.to(*args, **kwargs) if isinstance(x, Tensor) else x
+
+        self.update({name: move(x) for name, x in self.items()})
+        return self
 
 
 @dataclass
@@ -33,132 +44,177 @@ class VideoMAEImageProcessor:
     pretraining target, use `image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD`."""
 
     do_resize: bool = True
-    size: int | dict = 224  # the short side, {"shortest_edge": 224} or {"height": .., "width": ..}
-    resample: int = 2  # 0 nearest, 2 bilinear, 3 bicubic
+    size: int | tuple[int, int] | dict = 224  # of the short side, or (height, width)
+    resample: int = 2  # Pillow's filter: 0 nearest, 2 bilinear, 3 bicubic ...
     do_center_crop: bool = True
-    crop_size: int | dict = 224  # one side of a square, or {"height": 224, "width": 224}
+    crop_size: int | tuple[int, int] | dict = 224  # of a square, or (height, width)
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    # One number per channel:
-    image_mean: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float] | tuple[float, float, float] = (0.5, 0.5, 0.5)
-    extra: dict = field(default_factory=dict)  # what else a file says
+    image_mean: PerChannel = (0.5, 0.5, 0.5)
+    image_std: PerChannel = (0.5, 0.5, 0.5)
+    extra: dict = field(default_factory=dict)  # what else a file holds
 
     def __post_init__(self):
-        if isinstance(self.size, int):
-            self.size = {"shortest_edge": self.size}
-        if isinstance(self.crop_size, int):
-            self.crop_size = {"height": self.crop_size, "width": self.crop_size}
-        check_choice("resample", self.resample, RESAMPLE)
-        check_choice("size", set(self.size), ({"shortest_edge"}, {"height", "width"}))
-        check_choice("crop_size", set(self.crop_size), ({"height", "width"},))
-        for side in (*self.size.values(), *self.crop_size.values()):
-            if type(side) is not int or not 0 < side < 10_000:
-                raise ValueError(f"size, crop_size: got {side!r}, expected pixels")
-        if len(self.image_mean) != len(self.image_std) or 0 in self.image_std:
-            raise ValueError(f"image_std: got {self.image_std} for a mean {self.image_mean}")
+        self.size = read_size("size", self.size, {"shortest_edge"})
+        self.crop_size = read_size("crop_size", self.crop_size, {"height", "width"})
+        check_choice("resample", self.resample, range(6))
+        mean, std = self.image_mean, self.image_std
+        if 0 in np.ravel(std) or np.ndim(mean) and np.ndim(std) and len(mean) != len(std):
+            raise ValueError(f"image_std: got {std} for image_mean {mean}")
 
-    def __call__(self, videos, return_tensors=None, data_format="channels_first",
-                 input_data_format=None, **overrides):
+    def __call__(self, videos=None, return_tensors=None, data_format="channels_first",
+                 input_data_format=None, images=None, **options) -> BatchFeature:
         """One video or a batch of them -> {"pixel_values": float32}, as many frames as came in.
 
-        videos: a list of T frames, an array or tensor of 4 axes, or a list of such, or 5 axes. A
-            frame is a PIL image, or (H, W), (H, W, C) or (C, H, W) with C = 1 or 3, in 8-bit
-            numbers or floats (with floats in [0, 1], say do_rescale=False).
+        videos or images: a list or an array of frames; or of several videos; or one image. A frame
+            is a PIL image, or (H, W), (H, W, C) or (C, H, W), with numbers from 0 to 255, or floats
+            from 0 to 1 and do_rescale=False.
         return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of tensors.
-        data_format: "channels_last" gives (..., H, W, C).
-        input_data_format: likewise, of the frames, where either could be right.
-        overrides: any field of the class, for this call.
-        """
+        data_format: "channels_last" returns (..., H, W, C). input_data_format: that of the frames,
+            where either could be right. options: any field of the class, for this call."""
         stack = {"pt": torch.stack, "np": np.stack, None: list}
         check_choice("return_tensors", return_tensors, stack)
         check_choice("data_format", data_format, ("channels_first", "channels_last"))
-        first = videos[0] if len(videos) else 0
-        if not isinstance(first, list) and np.ndim(first) < 4:  # a frame
-            videos = [videos]
-        processor = replace(self, **overrides)
-        clips = [processor.process(stack_frames(x, input_data_format)) for x in videos]
+        options = {name: x for name, x in options.items() if x is not None}
+        processor = replace(self, **sort_options(type(self), options)[0])
+        clips = [processor.process([read_frame(frame, input_data_format) for frame in video])
+                 for video in split_videos(images if videos is None else videos)]
         if data_format == "channels_last":
             clips = [rearrange(clip, "t c h w -> t h w c") for clip in clips]
         return BatchFeature(pixel_values=stack[return_tensors](clips))
 
-    def process(self, frames: Tensor) -> Tensor:
-        """(T, C, H, W) uint8 or float -> (T, C, H', W') float32."""
-        if self.do_rescale and frames.is_floating_point() and 0 < frames.max() <= 1:
-            raise ValueError("do_rescale: got floats within [0, 1], expected False")
+    preprocess = __call__
+
+    def process(self, frames: list[Tensor]) -> Tensor:
+        """Frames (H, W, C), uint8 or float32, of any sizes -> (T, C, H', W') float32."""
+        mean, std = self.image_mean, self.image_std
+        if not frames:
+            raise ValueError("videos: got no frames")
+        if self.do_rescale or self.do_normalize:
+            check_range(frames, 255 if self.do_rescale or np.max(mean) > 1 else 1)
+        alike = len({(frame.shape, frame.dtype) for frame in frames}) == 1
+        parts = [torch.stack(frames)] if alike else [frame[None] for frame in frames]
+        parts = [rearrange(part, "t h w c -> t c h w") for part in parts]
         if self.do_resize:
-            frames = resize(frames, **self.size, resample=self.resample)
+            parts = [resize_as(part, self.resample, **self.size) for part in parts]
         if self.do_center_crop:
-            h, w = frames.shape[-2:]
-            height, width = self.crop_size["height"], self.crop_size["width"]
-            top, left = (h - height) // 2, (w - width) // 2
-            if min(top, left) < 0:
-                raise ValueError(f"crop_size: got {self.crop_size}, expected within {h} x {w}")
-            frames = frames[..., top : top + height, left : left + width]
+            parts = [center_crop(part, **self.crop_size) for part in parts]
+
+        x = torch.cat(parts).contiguous().float()  # (T, C, H', W')
         if self.do_rescale:
-            frames = frames.contiguous().float() * self.rescale_factor
+            x = x * self.rescale_factor
         if self.do_normalize:
-            mean, std = torch.tensor([self.image_mean, self.image_std])[..., None, None]
-            if len(mean) != frames.shape[1]:
-                raise ValueError(f"image_mean: got {self.image_mean}, expected one per channel")
-            frames = (frames - mean) / std
-        return frames
+            if any(np.ndim(numbers) and len(numbers) != x.shape[1] for numbers in (mean, std)):
+                raise ValueError(f"image_mean: got {mean}, expected {x.shape[1]} numbers, or one")
+            x = (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+        return x
 
     @classmethod
-    def from_pretrained(cls, source, **overrides):
-        """Read a file of transformers' from a directory or a hub id, "MCG-NJU/videomae-base"."""
-        path = find(source) / FILE
+    def from_pretrained(cls, source, **options) -> "VideoMAEImageProcessor":
+        """From a directory, its preprocessor_config.json, or a hub id, "MCG-NJU/videomae-base".
+        options: any field of the class, and checkpoints.HUB_OPTIONS."""
+        overrides, hub = sort_options(cls, options)
+        path = find(source, **hub)
+        path = path if path.suffix == ".json" else path / PROCESSOR_FILE
         values = read_file(path)
         try:
             return cls(**fields_from_json(cls, values) | overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def save_pretrained(self, directory):
-        """Write such a file. Overwrites nothing."""
+    def to_dict(self) -> dict:
         values = vars(self) | {"image_processor_type": type(self).__name__}
-        values = values.pop("extra") | values
-        write_new(directory, {FILE: json.dumps(values, indent=2).encode()})
+        return values.pop("extra") | values
+
+    def save_pretrained(self, directory):
+        """Write preprocessor_config.json, for transformers too. Overwrites nothing."""
+        write_new(directory, {PROCESSOR_FILE: json.dumps(self.to_dict(), indent=2).encode()})
 
 
-def stack_frames(video, input_data_format: str | None) -> Tensor:
-    """One video, see VideoMAEImageProcessor.__call__ -> (T, C, H, W) uint8 or float32."""
-    modes = {frame.mode for frame in video if hasattr(frame, "getbands")}  # PIL's
-    if modes - {"RGB", "L"}:
-        raise ValueError(f"videos: got PIL images of mode {modes}, expected RGB or L")
-    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in video]))
-    if video.ndim == 3 and video.shape[-1] > 3:  # grey frames (H, W), not one image (H, W, C)
-        video, input_data_format = video[..., None], "channels_last"
-    possible = [name for name, axis in (("channels_first", 1), ("channels_last", -1))
-                if video.shape[axis] in (1, 3) and input_data_format in (None, name)]
-    if video.ndim != 4 or len(possible) != 1:
-        raise ValueError(f"videos: got frames of shape {tuple(video.shape[1:])}, expected 1 or 3 "
+# ---- Settings and frames in all their forms -----------------------------------------------------
+
+def read_size(name: str, size, keys: set[str]) -> dict[str, int]:
+    """A dict, (height, width), or one number for all the keys -> a dict."""
+    if isinstance(size, int):
+        size = dict.fromkeys(keys, size)
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    is_fine = isinstance(size, dict) and set(size) in (keys, {"height", "width"})
+    if not is_fine or not all(type(x) is int and 0 < x < 10_000 for x in size.values()):
+        raise ValueError(f"{name}: got {size}, expected pixels, as one number or (height, width)")
+    return size
+
+
+def split_videos(videos) -> list:
+    """One image, one video or several -> a list of videos, each a list or an array of frames."""
+    if isinstance(videos, (list, tuple)):
+        is_batch = all(isinstance(x, (list, tuple)) or np.ndim(x) == 4 for x in videos)
+        return list(videos) if videos and is_batch else [videos]
+    shape = np.shape(videos)
+    is_image = len(shape) < 3 or len(shape) == 3 and {shape[0], shape[2]} & {1, 3, 4}
+    return list(videos) if len(shape) == 5 else [[videos]] if is_image else [videos]
+
+
+def read_frame(frame, input_data_format: str | None) -> Tensor:
+    """A PIL image, an array or a tensor, of any dtype -> (H, W, C) uint8 or float32."""
+    if isinstance(frame, Tensor):
+        frame = (frame.float() if frame.is_floating_point() else frame).detach().cpu().numpy()
+    elif getattr(frame, "mode", "L") not in ("L", "LA", "RGB", "RGBA"):
+        raise ValueError(f"videos: got a PIL image of mode {frame.mode}, expected RGB")
+    frame = np.asarray(frame)
+    if frame.dtype.kind == "f":
+        frame = frame.astype(np.float32)
+    elif frame.dtype.kind in "iu" and (
+            frame.dtype == np.uint8 or frame.min() >= 0 and frame.max() <= 255):
+        frame = frame.astype(np.uint8)
+    else:
+        got = f"{frame.dtype} up to {frame.max()}" if frame.ndim else repr(frame.item())
+        raise ValueError(f"videos: got {got} for a frame, expected numbers from 0 to 255")
+
+    frame = torch.from_numpy(frame[..., None] if frame.ndim == 2 else frame)
+    counts = (1, 3, 4) if input_data_format is None else (1, 2, 3, 4)
+    first, last = (frame.ndim == 3 and frame.shape[axis] in counts
+                   and input_data_format in (None, name)
+                   for axis, name in ((0, "channels_first"), (2, "channels_last")))
+    if first == last or 0 in frame.shape:
+        raise ValueError(f"videos: got a frame of shape {tuple(frame.shape)}, expected 1, 3 or 4 "
                          "channels, first or last, or input_data_format if it is either")
-    if possible == ["channels_last"]:
-        video = rearrange(video, "t h w c -> t c h w")
-    is_fine = video.is_floating_point() or video.dtype == torch.uint8
-    if not is_fine and (video.dtype == torch.bool or video.min() < 0 or video.max() > 255):
-        raise ValueError(f"videos: got {video.dtype} up to {video.max()}, expected 0 to 255")
-    return video.float() if video.is_floating_point() else video.to(torch.uint8)
+    return rearrange(frame, "c h w -> h w c") if first else frame
 
 
-def resize(frames: Tensor, height=0, width=0, shortest_edge=0, resample: int = 2) -> Tensor:
-    """(T, C, H, W) uint8 or float -> (T, C, height, width), or with min(H, W) = shortest_edge."""
-    h, w = frames.shape[-2:]
+def check_range(frames: list[Tensor], top: int):
+    """Raise unless the numbers can be from 0 to `top`, which is 255 or 1."""
+    if top == 255 and all(frame.dtype == torch.uint8 for frame in frames):
+        return
+    low, high = min(x.min().item() for x in frames), max(x.max().item() for x in frames)
+    # Within [0, 1] they are not from 0 to 255, unless whole numbers, of a very dark clip.
+    is_scaled = top == 255 and high <= 1.01 and any((x != x.round()).any() for x in frames)
+    if is_scaled or not (-0.01 <= low and high <= top + 0.01):
+        raise ValueError(f"videos: got floats from {low:g} to {high:g}, expected 0 to {top}; pass "
+                         "do_rescale=False for 0 to 1, and do_normalize=False too if normalized")
+
+
+def resize_as(frames: Tensor, resample: int, height=0, width=0, shortest_edge=0) -> Tensor:
+    """(T, C, H, W) -> (T, C, height, width), or with min(H, W) = shortest_edge."""
+    h, w = frames.shape[2:]
     if shortest_edge:  # the other side is truncated, not rounded, as in transformers
         height, width = (int(shortest_edge * side / min(h, w)) for side in (h, w))
     if (height, width) == (h, w):
         return frames
-    # torch's own 8-bit resize is over ten times faster than Pillow and agrees with it, but only
-    # for bilinear, in this memory layout, and where the proportions are kept.
-    is_like_pillow = resample == 2 and abs(height * w / (width * h) - 1) < 0.1
-    if is_like_pillow or frames.is_floating_point():
-        frames = frames.contiguous(memory_format=torch.channels_last)
-        mode, antialias = RESAMPLE[resample], resample != 0
-        return F.interpolate(frames, (height, width), mode=mode, antialias=antialias)
+    if resample == 2:  # Pillow's numbers, over ten times faster
+        return resize(frames, height, width)
     from PIL import Image
 
-    images = [Image.fromarray(x.numpy()) for x in frames.flatten(0, 1)]
-    images = [np.array(x.resize((width, height), resample)) for x in images]
-    return torch.from_numpy(np.stack(images)).view(*frames.shape[:2], height, width)
+    images = [Image.fromarray(image.numpy()) for image in frames.flatten(0, 1)]
+    images = [np.array(image.resize((width, height), resample)) for image in images]
+    return torch.from_numpy(np.stack(images)).unflatten(0, frames.shape[:2])
+
+
+def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
+    """(T, C, H, W) -> (T, C, height, width)."""
+    h, w = frames.shape[2:]
+    top, left = (h - height) // 2, (w - width) // 2
+    if min(top, left) < 0:
+        raise ValueError(f"crop_size: got {height} x {width}, expected within {h} x {w}")
+    return frames[..., top : top + height, left : left + width]

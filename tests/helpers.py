@@ -18,9 +18,10 @@ def hub_server(folder: Path):
         def answer(self) -> bytes | None:
             path = re.sub("/resolve/[^/]+/", "/resolve/main/", self.path.partition("?")[0])
             if api := re.fullmatch("/api/models/(.+)/(revision|tree)/.+", path):
-                files = (folder / api[1] / "resolve/main").glob("*")
-                tree = [dict(type="file", path=file.name, size=file.stat().st_size, oid=file.name)
-                        for file in files]
+                root = folder / api[1] / "resolve/main"
+                files = [file for file in root.rglob("*") if file.is_file()]
+                tree = [dict(type="file", path=file.relative_to(root).as_posix(), oid=file.name,
+                             size=file.stat().st_size) for file in files]
                 names = [dict(rfilename=file["path"]) for file in tree]
                 about = dict(id=api[1], sha="0" * 40, siblings=names)
                 return json.dumps(tree if api[2] == "tree" else about).encode() if tree else None
@@ -59,8 +60,9 @@ def hub_server(folder: Path):
 
 
 def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt="yuv420p",
-                stamps=None, **options):
-    """frames (T, H, W, 3) uint8 -> a video file; stamps: when each is shown, in 1 / rate s."""
+                stamps=None, gop=None, **options):
+    """frames (T, H, W, 3) uint8 -> a video file; stamps: when each is shown, in 1 / rate s; gop: a
+    key frame in so many."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,11 +70,31 @@ def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt=
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = pix_fmt, 4_000_000
+        if gop:
+            stream.codec_context.gop_size = gop
         for number, frame in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             frame.pts = number if stamps is None else int(stamps[number])
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def damage(path: Path, out: Path, is_damaged) -> list[tuple[bool, bool]]:
+    """Copy a video with zeros for the first 60 bytes of each packet for which is_damaged(number,
+    is_key) -> of each packet, whether it is a key frame and whether it is damaged."""
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        contents = [(bytes(packet), packet.is_keyframe) for packet in packets]
+    file, flags = path.read_bytes(), []
+    for number, (content, is_key) in enumerate(contents):
+        flags.append((is_key, is_damaged(number, is_key)))
+        if flags[-1][1]:
+            assert file.count(content) == 1
+            file = file.replace(content, bytes(min(60, len(content))) + content[60:])
+    out.write_bytes(file)
+    return flags
 
 
 def turn_clockwise(path: Path):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from checkpoints import (
     convert_state_dict,
     infer_config,
     published_state_dict,
+    write_atomic,
     write_new,
-    write_whole,
 )
 from processor import VideoMAEImageProcessor
 from test_videomae import GOLDEN, KINDS, SMALL, check_same, clip_and_mask
@@ -44,6 +45,8 @@ from videomae import (
 )
 
 HERE = Path(__file__).parent.parent
+PRETRAIN, CLASSIFY = GOLDEN / "hf_pretrain_tiny", GOLDEN / "hf_classify_tiny"
+AUTHORS = {"image_size": 32, "num_frames": 8, "num_attention_heads": 3, "position_grid": None}
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,13 @@ def same_weights(a, b):
 
 def read_json(path):
     return json.loads(path.read_text())
+
+
+def refused(message, source, cls=VideoMAEModel, **options):
+    """The error of loading, whose text contains a message."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
+        cls.from_pretrained(source, **options)
+    return str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,13 +92,15 @@ def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
     assert same_weights(again.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="model.safetensors exists already"):
         model.save_pretrained(saved)
+    refused("config.json: expected weights, such as model.safetensors", saved / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["VideoMAEModel", *(kind.__name__ for kind in KINDS.values())])
 def test_transformers_loads_what_is_saved_here(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     labels = {0: "walk", 1: "run", 2: "jump"}
-    config = VideoMAEConfig(**SMALL, num_labels=3, id2label=labels, extra={"mine": [1, 2]})
+    config = VideoMAEConfig(**SMALL, id2label=labels, extra={"mine": [1, 2]},
+                            use_mean_pooling=kind != "VideoMAEForPreTraining")
     ours = getattr(videomae, kind)(config).eval()
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -105,18 +117,32 @@ def test_transformers_loads_what_is_saved_here(kind, tmp_path):
     outputs = ours(*inputs, return_dict=False)[-1], theirs(*inputs)[-1]
     check_same(f"saved here, read by transformers, {kind}", {"output": outputs})
 
-    # What transformers 5 writes itself, with its own names of the biases, comes back as it went.
+    # What transformers 5 writes, with its own names of the biases, comes back as it went: in one
+    # file, in shards, and in half precision.
     theirs.save_pretrained(tmp_path / "theirs")
-    again = getattr(videomae, kind).from_pretrained(tmp_path / "theirs")
-    assert same_weights(again.state_dict(), ours.state_dict()) and again.config.id2label == labels
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    for directory in ("theirs", "shards"):
+        again = getattr(videomae, kind).from_pretrained(tmp_path / directory)
+        assert same_weights(again.state_dict(), ours.state_dict())
+        assert again.config.id2label == labels
+    next((tmp_path / "shards").glob("model-00002-*")).unlink()
+    refused("Missing key", tmp_path / "shards", getattr(videomae, kind))
+
+    theirs.half().save_pretrained(tmp_path / "half")
+    for options in ({"dtype": "auto"}, {"torch_dtype": torch.float16}, {"dtype": "float16"}):
+        half = getattr(videomae, kind).from_pretrained(tmp_path / "half", **options)
+        assert same_weights(half.state_dict(), ours.half().state_dict())
+    assert getattr(videomae, kind).from_pretrained(tmp_path / "half").dtype == torch.float32
+    half.save_pretrained(tmp_path / "again")
+    assert read_json(tmp_path / "again/config.json")["dtype"] == "float16"
 
 
 def test_spellings_and_bin_files(tmp_path):
     """The same classifier from three kinds of directory."""
-    source = GOLDEN / "hf_classify_tiny"
-    expected = VideoMAEForVideoClassification.from_pretrained(source).state_dict()
-    weights = safetensors.load_file(source / "model.safetensors")
-    config = read_json(source / "config.json")
+    expected = VideoMAEForVideoClassification.from_pretrained(CLASSIFY).state_dict()
+    weights = safetensors.load_file(CLASSIFY / "model.safetensors")
+    config = read_json(CLASSIFY / "config.json")
     for name in ("spelling", "bin", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -140,101 +166,139 @@ def test_spellings_and_bin_files(tmp_path):
         assert same_weights(model.state_dict(), expected), directory
 
 
-def test_every_weight_is_used_or_named(caplog):
+def test_unused_and_new_weights_are_reported(caplog):
     """A new head and a dropped decoder are said in a line each."""
-    source = GOLDEN / "hf_pretrain_tiny"
-    pretrained = VideoMAEForPreTraining.from_pretrained(source)
+    pretrained = VideoMAEForPreTraining.from_pretrained(PRETRAIN)
     assert not caplog.messages
     model = VideoMAEForVideoClassification.from_pretrained(
-        source, num_labels=7, use_mean_pooling=True)
+        PRETRAIN, num_labels=7, use_mean_pooling=True)
     (message,) = caplog.messages
-    assert message.endswith("new, to be trained: ['classifier.', 'fc_norm.'], "
-                            "not used: ['decoder.', 'videomae.norm.']")
+    assert message.endswith("newly initialized: ['classifier.', 'fc_norm.'], "
+                            "not used: ['decoder.', 'videomae.encoder.norm.']")
     assert model.config.num_labels == 7 and not model.training
     weights = pretrained.videomae.state_dict()
-    assert same_weights(VideoMAEModel.from_pretrained(source).state_dict(), weights)
-    encoder = {name: x for name, x in weights.items() if not name.startswith("norm.")}
+    assert same_weights(VideoMAEModel.from_pretrained(PRETRAIN).state_dict(), weights)
+    encoder = {name: x for name, x in weights.items() if not name.startswith("encoder.norm.")}
     assert same_weights(model.videomae.state_dict(), encoder)
 
     caplog.clear()
-    source = GOLDEN / "hf_classify_tiny"
-    model = VideoMAEForVideoClassification.from_pretrained(source, num_labels=9)
-    assert len(caplog.messages) == 1 and "new, to be trained: ['classifier.']" in caplog.text
+    model = VideoMAEForVideoClassification.from_pretrained(CLASSIFY, num_labels=9)
+    assert len(caplog.messages) == 1 and "newly initialized: ['classifier.']" in caplog.text
     assert model.classifier.out_features == 9 and model.config.id2label is None
-    labels = {0: "Punch", 1: "YoYo"}
-    model = VideoMAEForVideoClassification.from_pretrained(source, id2label=labels)
-    assert model.classifier.out_features == 2 and model.config.id2label == labels
-    with pytest.raises(ValueError, match='Missing key.*"decoder.blocks.0.attn'):
-        VideoMAEForPreTraining.from_pretrained(source)
+    refused('Missing key(s) in state_dict: "decoder.mask_token"', CLASSIFY, VideoMAEForPreTraining)
 
 
-def test_weights_that_do_not_fit_are_one_error_or_left_out(tmp_path, caplog):
-    source = GOLDEN / "hf_pretrain_tiny"
-    weights = safetensors.load_file(source / "model.safetensors")
-    weights["mask_tokens"] = weights.pop("mask_token")
+def test_weights_that_do_not_fit_are_one_error_or_logged(tmp_path, caplog):
+    weights = safetensors.load_file(PRETRAIN / "model.safetensors")
     weights["decoder.norm.bias"] = weights["decoder.norm.bias"][:5]
+    shutil.copy(PRETRAIN / "config.json", tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    load = VideoMAEForPreTraining.from_pretrained
+    model = load(tmp_path, ignore_mismatched_sizes=True)
+    assert caplog.messages[-1].endswith("newly initialized: ['decoder.'], not used: ['decoder.']")
+
+    weights["mask_tokens"] = weights.pop("mask_token")
     del weights["videomae.encoder.layer.1.attention.attention.v_bias"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    shutil.copy(source / "config.json", tmp_path)
-    with pytest.raises(ValueError) as error:
-        VideoMAEForPreTraining.from_pretrained(tmp_path)
-    for part in (str(tmp_path), 'Missing key', '"decoder.mask_token"', '1.attn.v_bias"',
+    error = refused("Missing key", tmp_path, VideoMAEForPreTraining)
+    for part in (str(tmp_path), '"decoder.mask_token"', '1.attn.v_bias"',
                  'Unexpected key(s) in state_dict: "decoder.mask_tokens"',
                  "size mismatch for decoder.norm.bias", "[5]", "[32]"):
-        assert part in str(error.value)
+        assert part in error
+    refused("Missing key", tmp_path, VideoMAEForPreTraining, ignore_mismatched_sizes=True)
 
-    model = VideoMAEForPreTraining.from_pretrained(tmp_path, strict=False)
-    assert "unexpected_keys=['decoder.mask_tokens']" in caplog.messages[-1]
-    for name in ("decoder.mask_token", "decoder.norm.bias", "videomae.blocks.1.attn.v_bias"):
-        assert f"'{name}'" in caplog.messages[-1]
-    expected = VideoMAEForPreTraining.from_pretrained(source).state_dict()
-    different = {name for name, x in model.state_dict().items()
-                 if not torch.equal(x, expected[name])}
-    assert different == {"decoder.mask_token", "decoder.norm.bias", "videomae.blocks.1.attn.v_bias"}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_frame'"):
-        VideoMAEModel.from_pretrained(source, num_frame=8)
+    model = load(tmp_path, strict=False)
+    new = {"decoder.mask_token", "decoder.norm.bias", "videomae.encoder.blocks.1.attn.v_bias"}
+    assert "'videomae.encoder.blocks.1.attn.v_bias'], not used" in caplog.messages[-1]
+    expected = load(PRETRAIN).state_dict()
+    assert new == {name for name, x in model.state_dict().items()
+                   if not torch.equal(x, expected[name])}
+
+
+def test_options_of_transformers(caplog):
+    """The guide's own lines, and whatever else goes through from_pretrained."""
+    load, names = VideoMAEForVideoClassification.from_pretrained, ["Punch", "YoYo"]
+    label2id = {name: i for i, name in enumerate(names)}
+    for options in (
+        dict(label2id=label2id, id2label=dict(enumerate(names))),
+        dict(label2id={name: str(i) for name, i in label2id.items()}),  # of another guide
+        dict(id2label={"0": "Punch", "1": "YoYo"}), dict(id2label=names),
+        dict(config=VideoMAEConfig(**SMALL, id2label=names)),
+    ):
+        model = load(CLASSIFY, ignore_mismatched_sizes=True, **options)
+        assert model.config.id2label == {0: "Punch", 1: "YoYo"}
+        assert model.classifier.out_features == model.config.num_labels == 2
+    refused("id2label: got ['1', '2'], expected 0 to 1", CLASSIFY, id2label={1: "a", 2: "b"})
+    refused("dtype: got 'half16', expected one of float32", CLASSIFY, dtype="half16")
+    refused("config: got dict, expected VideoMAEConfig", CLASSIFY, config={"num_labels": 3})
+    refused("num_labels: got 3, but id2label has 2", CLASSIFY, id2label=names, num_labels=3)
+
+    model = load(CLASSIFY, config=VideoMAEConfig(**SMALL, num_labels=5), hidden_act="relu",
+                 low_cpu_mem_usage=True, attn_implementation="sdpa", local_files_only=True,
+                 cache_dir="nowhere", token=None, revision="main", subfolder="")
+    assert model.config.hidden_act == "relu" and model.config.num_labels == 5
+    for name in ("num_frame", "device_map", "quantization_config"):
+        for cls in (VideoMAEModel, VideoMAEImageProcessor):
+            message = f"{cls.__name__}: got unknown ['{name}'], see docs/transformers.md"
+            refused(message.replace("Model", "Config"), CLASSIFY, cls, **{name: 3})
+    table = (HERE / "docs/transformers.md").read_text()
+    assert "`device_map`" in table and "`quantization_config`" in table
 
 
 # --------------------------------------------------------------------------------------------------
-# Files of the authors and of VideoMAE V2
+# Files of the authors, of VideoMAE V2, of this project
 
 
-def authors_file(path, golden, wrapper):
-    """The golden weights as the authors save them: under a name beside other things, or bare."""
-    (weights,) = golden["checkpoint"].values()
+def authors_file(path, weights, wrapper="model"):
+    """Weights as the authors save them: under a name beside other things, or bare."""
     more = {"epoch": 7, "args": argparse.Namespace(lr=1e-3)}
     torch.save({wrapper: weights, **more} if wrapper else weights, path)
     return path
 
 
-@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", ""])
-def test_authors_pretraining_file(wrapper, tmp_path):
+def golden_weights(name):
+    golden = torch.load(GOLDEN / f"mcg_nju_{name}_tiny.pt", weights_only=True)
+    (weights,) = golden["checkpoint"].values()
+    return golden, weights
+
+
+def test_authors_pretraining_file(tmp_path):
     """All but the size of clips and the heads is read off the shapes."""
-    golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
-    weights, config = golden["checkpoint"]["model"], golden["config"]
+    golden, weights = golden_weights("pretrain")
+    config = golden["config"]
     known = {name: config[name] for name in
              ("image_size", "num_frames", "num_attention_heads", "decoder_num_attention_heads")}
-    source = authors_file(tmp_path / "checkpoint.pth", golden, wrapper)
-    model = VideoMAEForPreTraining.from_pretrained(source, **known)
+    source = authors_file(tmp_path / "checkpoint.pth", weights)
+    model = VideoMAEForPreTraining.from_pretrained(source, **known, position_grid=None)
     assert config.items() <= vars(model.config).items()
     assert not model.config.use_mean_pooling and model.config.head_norm_eps == 1e-6
     output = model(normalize(golden["frames"]), golden["bool_masked_pos"])
-    check_same(f"authors' pretraining file, under {wrapper!r}", {
+    check_same("authors' pretraining file", {
         "logits": (output.logits, golden["logits"]),
         "loss": (output.loss, golden["loss_normalized"]),
     })
     conv = published_state_dict(model)["videomae.embeddings.patch_embeddings.projection.weight"]
     assert torch.equal(conv, weights["encoder.patch_embed.proj.weight"])
 
+    # What the file does not tell has to be told, and only for what is loaded.
+    refused("position_grid: the grid changes from (8, 28, 28) to (8, 4, 4), expected (8, 28, 28)",
+            source, VideoMAEForPreTraining, **known)
+    refused("num_attention_heads: pass it, since a width of 48 does not tell it", source)
+    del known["decoder_num_attention_heads"]
+    refused("decoder_num_attention_heads: pass it", source, VideoMAEForPreTraining, **known)
+    encoder = VideoMAEModel.from_pretrained(source, **known, position_grid=None)
+    assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
-@pytest.mark.parametrize("prefix", ["", "model."])  # the authors' files; VideoMAE V2's on the hub
-def test_authors_classifier_file_and_back(prefix, tmp_path):
-    golden = torch.load(GOLDEN / "mcg_nju_finetune_tiny.pt", weights_only=True)
-    weights = golden["checkpoint"]["module"]
-    golden["checkpoint"]["module"] = {prefix + name: x for name, x in weights.items()}
-    source = authors_file(tmp_path / "checkpoint.pth", golden, "module")
-    known = dict(image_size=32, num_frames=8, num_attention_heads=3)
-    model = VideoMAEForVideoClassification.from_pretrained(source, **known)
+
+@pytest.mark.parametrize("wrapper, prefix", [
+    ("", ""), ("module", "model."), ("model", "_orig_mod.module."), ("net", "module._orig_mod."),
+    ("model_state_dict", "base_model.model.backbone."), ("state_dict", "student.module."),
+    ("model_ema", "model.model.")])
+def test_authors_classifier_in_wrappers(wrapper, prefix, tmp_path):
+    golden, weights = golden_weights("finetune")
+    weights = {prefix + name: x for name, x in weights.items()}
+    source = authors_file(tmp_path / "checkpoint.pth", weights, wrapper)
+    model = VideoMAEForVideoClassification.from_pretrained(source, **AUTHORS)
     assert golden["config"].items() <= vars(model.config).items()
     logits = model(normalize(golden["frames"])).logits
     check_same("authors' classifier file", {"logits": (logits, golden["logits"])})
@@ -243,6 +307,36 @@ def test_authors_classifier_file_and_back(prefix, tmp_path):
     again = VideoMAEForVideoClassification.from_pretrained(tmp_path / "saved")
     assert same_weights(again.state_dict(), model.state_dict())
     assert again.config.head_norm_eps == 1e-6
+
+
+def test_the_model_is_preferred_to_its_average_and_names_must_differ(tmp_path):
+    _, weights = golden_weights("finetune")
+    ema = {name: x + 1 for name, x in weights.items()}
+    torch.save({"model_ema": ema, "model": weights}, tmp_path / "both.pth")
+    read, _ = checkpoints.read_checkpoint(tmp_path / "both.pth")
+    assert same_weights(read, weights)
+    torch.save({**weights, "module.head.bias": weights["head.bias"]}, tmp_path / "twice.pth")
+    refused("two weights are classifier.bias", tmp_path / "twice.pth", **AUTHORS)
+
+
+@pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification])
+def test_own_weights(cls, tmp_path):
+    """A state dict, a training run's state, a folder as transformers.Trainer leaves it."""
+    config = VideoMAEConfig(**SMALL, use_mean_pooling=cls is not VideoMAEForPreTraining)
+    model = cls(config)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    compiled = {f"_orig_mod.{name}": x for name, x in model.state_dict().items()}
+    torch.save({"model": compiled, "step": 3}, tmp_path / "state.pt")
+    (tmp_path / "checkpoint-500").mkdir()
+    safetensors.save_file(model.state_dict(), tmp_path / "checkpoint-500/model.safetensors")
+    for name in ("weights.pt", "state.pt", "checkpoint-500"):
+        refused("do not tell their config, pass config=VideoMAEConfig", tmp_path / name, cls)
+        again = cls.from_pretrained(tmp_path / name, config=config, drop_path_rate=0.1)
+        assert again.config.drop_path_rate == 0.1
+        again = cls.from_pretrained(tmp_path / name, config=config)
+        assert again.config == config and same_weights(again.state_dict(), model.state_dict())
+    encoder = VideoMAEModel.from_pretrained(tmp_path / "state.pt", config=config)
+    assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge", "giant"])
@@ -281,9 +375,8 @@ def test_sizes_of_videomae_v2_are_inferred(name):
 
 def test_videomae_v2_directory_of_the_hub(tmp_path):
     """Its own kind of config.json, "model." in front of every name, no head."""
-    golden = torch.load(GOLDEN / "mcg_nju_finetune_tiny.pt", weights_only=True)
-    weights = {f"model.{name}": x for name, x in golden["checkpoint"]["module"].items()
-               if not name.startswith("head.")}
+    golden, weights = golden_weights("finetune")
+    weights = {f"model.{name}": x for name, x in weights.items() if not name.startswith("head.")}
     config = {"img_size": 32, "num_frames": 8, "num_heads": 3}
     config = {"model_type": "VideoMAEv2_Base", "model_config": config}
     safetensors.save_file(weights, tmp_path / "model.safetensors")
@@ -297,8 +390,7 @@ def test_videomae_v2_directory_of_the_hub(tmp_path):
 
     weights["model.blocks.0.attn.scale"] = torch.ones(3, 1, 1)
     safetensors.save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="Unexpected key.*blocks.0.attn.scale"):
-        VideoMAEModel.from_pretrained(tmp_path)
+    assert "blocks.0.attn.scale" in refused("Unexpected key", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,19 +399,19 @@ def test_videomae_v2_directory_of_the_hub(tmp_path):
 
 def test_clips_of_another_length_or_size(tmp_path, caplog):
     """Positions are made anew or interpolated, as the caller says; neither is chosen in silence."""
-    source = GOLDEN / "hf_pretrain_tiny"  # 8 frames of 32 x 32: a grid of (4, 4, 4)
-    larger = dict(num_frames=12, image_size=(64, 32))
-    with pytest.raises(ValueError, match=r"grid changes from \(4, 4, 4\) to \(6, 8, 4\)"):
-        VideoMAEModel.from_pretrained(source, **larger)
-    new = VideoMAEModel.from_pretrained(source, **larger, position_grid=None)
-    assert torch.equal(new.positions, position_table(VideoMAEConfig(**SMALL | larger), 48))
-    model = VideoMAEForPreTraining.from_pretrained(source, **larger, position_grid=(4, 4, 4))
+    larger = dict(num_frames=12, image_size=(64, 32))  # from 8 frames of 32 x 32
+    for options in (larger, dict(config=VideoMAEConfig(**SMALL | larger, use_mean_pooling=False))):
+        refused("grid changes from (4, 4, 4) to (6, 8, 4)", PRETRAIN, **options)
+    new = VideoMAEModel.from_pretrained(PRETRAIN, **larger, position_grid=None)
+    table = position_table(VideoMAEConfig(**SMALL | larger), 48)
+    assert torch.equal(new.encoder.positions, table)
+    model = VideoMAEForPreTraining.from_pretrained(PRETRAIN, **larger, position_grid=(4, 4, 4))
     clip, mask = torch.randn(1, 12, 3, 64, 32), random_mask("tube", 1, (6, 8, 4), 0.75)
     assert model(clip, mask).logits.shape == (1, 144, 384)
 
     # Corners stay what they were; between them the table runs from one to the other.
-    old = VideoMAEModel.from_pretrained(source).positions.view(4, 4, 4, 48)
-    grid = model.videomae.positions.view(6, 8, 4, 48)
+    old = VideoMAEModel.from_pretrained(PRETRAIN).encoder.positions.view(4, 4, 4, 48)
+    grid = model.videomae.encoder.positions.view(6, 8, 4, 48)
     for corner in np.ndindex(2, 2, 2):
         corner = tuple(-i for i in corner)
         assert torch.allclose(grid[corner], old[corner], atol=1e-6)
@@ -330,35 +422,8 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     model.save_pretrained(tmp_path)
     assert "transformers does not know position_grid=(4, 4, 4)" in caplog.text
     again = VideoMAEForPreTraining.from_pretrained(tmp_path)
-    assert torch.equal(again.videomae.positions, model.videomae.positions)
-    with pytest.raises(ValueError, match=r"expected \(4, 4, 4\) to interpolate"):
-        VideoMAEModel.from_pretrained(tmp_path, num_frames=16)
-
-
-# --------------------------------------------------------------------------------------------------
-# The processor's file
-
-
-def test_processor_is_saved_and_loaded(tmp_path):
-    processor = VideoMAEImageProcessor.from_pretrained(GOLDEN / "hf_classify_tiny", resample=3)
-    assert processor.size == {"shortest_edge": 32} and processor.resample == 3
-    assert processor.crop_size == {"height": 32, "width": 32}
-    assert tuple(processor.image_mean) == IMAGENET_MEAN
-    processor.save_pretrained(tmp_path)
-    assert VideoMAEImageProcessor.from_pretrained(tmp_path) == processor
-    with pytest.raises(ValueError, match="preprocessor_config.json exists already"):
-        processor.save_pretrained(tmp_path)
-
-    theirs = pytest.importorskip("transformers.models.videomae.image_processing_pil_videomae",
-                                 reason="transformers is not installed")
-    theirs = theirs.VideoMAEImageProcessorPil.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = VideoMAEImageProcessor.from_pretrained(tmp_path / "theirs")
-    frames = np.random.default_rng(0).integers(0, 256, (2, 60, 50, 3), dtype=np.uint8)
-    expected = theirs(list(frames), return_tensors="pt").pixel_values
-    for ours in (processor, again):
-        difference = ours(frames, return_tensors="pt").pixel_values - expected
-        assert difference.abs().max() < 1.01 / 255 / 0.2
+    assert torch.equal(again.videomae.encoder.positions, model.videomae.encoder.positions)
+    refused("expected (4, 4, 4) to interpolate", tmp_path, num_frames=16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,9 +441,9 @@ class Bomb:
 
 
 def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
-    golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
-    good = authors_file(tmp_path / "good.pth", golden, "model").read_bytes()
-    tensors = (GOLDEN / "hf_pretrain_tiny/model.safetensors").read_bytes()
+    _, weights = golden_weights("pretrain")
+    good = authors_file(tmp_path / "good.pth", weights).read_bytes()
+    tensors = (PRETRAIN / "model.safetensors").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
     bomb = Bomb(tmp_path / "executed")
@@ -388,11 +453,15 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
         "truncated.pth": (good[: len(good) // 2], damaged),
         "flipped.pth": (bytes(flipped), "BadZipFile"),
         "text.pth": (b"<html>404 not found</html>", damaged),
-        "code.pth": (pickle.dumps({"model": bomb}, 2), damaged),
-        "zipped code.pth": ({"model": {"weight": bomb}}, damaged),
+        "code.pth": (pickle.dumps({"model": bomb}, 2), "holds a posix.system"),
+        "zipped code.pth": ({"model": {"weight": bomb}}, "holds a posix.system"),
+        "path.pth": ({"model": weights, "args": tmp_path}, "holds a pathlib.PosixPath"),
+        "number.pth": ({"model": weights, "best": np.float64(1)}, "multiarray.scalar, which is"),
+        "whole model.pth": (torch.nn.Linear(1, 1), "holds a torch.nn.modules.linear.Linear"),
         "list.pth": ([torch.zeros(2)], damaged),
-        "no weights.pth": ({"epoch": 3}, damaged),
-        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected a published VideoMAE"),
+        "no weights.pth": ({"epoch": 3, "model": {}}, "expected weights, got only []"),
+        "epoch.pth": ({"epoch": 3, "loss": 2.5}, "expected weights, got only ['epoch', 'loss']"),
+        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected a VideoMAE, got ['conv.weight']"),
         "truncated.safetensors": (tensors[: len(tensors) // 2], damaged),
         "text.safetensors": (b"not tensors", damaged),
     }
@@ -410,27 +479,32 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
 
 
 def test_directories_that_lack_something_are_refused(tmp_path):
-    load = VideoMAEModel.from_pretrained
-    with pytest.raises(ValueError, match="source: .*nowhere.pth is neither here nor on the hub"):
-        load(tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="preprocessor_config.json: missing, .*FileNotFoundError"):
-        VideoMAEImageProcessor.from_pretrained(tmp_path)
+    refused(f"{tmp_path}/nowhere.pth: not a local path, and not found on the Hugging Face Hub",
+            tmp_path / "nowhere.pth")
+    damaged = "missing, damaged, or more than plain data"
+    refused(f"preprocessor_config.json: {damaged} (FileNotFoundError)", tmp_path,
+            VideoMAEImageProcessor)
     config = tmp_path / "config.json"
-    config.write_bytes((GOLDEN / "hf_pretrain_tiny/config.json").read_bytes())
-    with pytest.raises(ValueError, match="source: no model.safetensors and no pytorch_model.bin"):
-        load(tmp_path)
-    shutil.copy(GOLDEN / "hf_pretrain_tiny/model.safetensors", tmp_path)
+    shutil.copy(PRETRAIN / "config.json", config)
+    refused(f"{tmp_path}: expected weights, such as model.safetensors or model-*-of-*", tmp_path)
+    shutil.copy(PRETRAIN / "model.safetensors", tmp_path)
+    refused(f"{damaged} (NotADirectoryError)", tmp_path / "model.safetensors",
+            VideoMAEImageProcessor)
+    values = read_json(config)
     for text, message in (
-        ("{", "config.json: missing, damaged, .*JSONDecodeError"),
-        ("[1]", "config.json: missing, damaged, .*TypeError"),
+        ("{", f"config.json: {damaged} (JSONDecodeError)"),
+        ("[1]", f"config.json: {damaged} (TypeError)"),
         ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
+        (json.dumps(values | {"id2label": {"1": "a", "2": "b"}}), "id2label: got ['1', '2']"),
+        (json.dumps(values | {"num_frames": "many"}), "num_frames: got 'many', expected"),
     ):
         config.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path)
+        assert str(tmp_path) in refused(message, tmp_path)
+    config.write_text(json.dumps(values | {"id2label": ["a", "b"]}))
+    assert VideoMAEModel.from_pretrained(tmp_path).config.id2label == {0: "a", 1: "b"}
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_write_is_atomic(tmp_path):
     target = tmp_path / "model.pt"
     target.write_bytes(b"old")
 
@@ -439,9 +513,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_whole(target, fail_half_way)
+        write_atomic(target, fail_half_way)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
-    write_whole(target, lambda file: file.write(b"new"))
+    write_atomic(target, lambda file: file.write(b"new"))
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
 
     with pytest.raises(ValueError, match="directory: .*model.pt exists already"):
@@ -450,24 +524,32 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     write_new(tmp_path / "new", {"first.json": b"{}"})
     assert (tmp_path / "new/first.json").read_bytes() == b"{}"
 
-
-def test_a_function_as_activation_cannot_be_saved(tmp_path):
     model = VideoMAEModel(VideoMAEConfig(**SMALL, hidden_act=torch.tanh))
     with pytest.raises(TypeError, match="not JSON serializable"):
-        model.save_pretrained(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        model.save_pretrained(tmp_path / "function")
+    assert not (tmp_path / "function").exists()
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line and the hub
 
 
-def test_command_line(tmp_path, capsys):
-    golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
-    good, new = authors_file(tmp_path / "good.pth", golden, "model"), tmp_path / "new"
-    known = {"num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}
-    command = [sys.executable, HERE / "checkpoints.py"]
-    subprocess.run([*command, good, new, *(f"{name}={x}" for name, x in known.items())], check=True)
+def run_script(monkeypatch, *arguments):
+    """python checkpoints.py ... -> its exit message, None for success."""
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(HERE / "checkpoints.py"), run_name="__main__")
+    except SystemExit as error:
+        return error.code
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    golden, weights = golden_weights("pretrain")
+    good, new = authors_file(tmp_path / "good.pth", weights), tmp_path / "new"
+    known = {"num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32,
+             "position_grid": None}
+    pairs = [f"{name}={json.dumps(x)}" for name, x in known.items()]
+    assert run_script(monkeypatch, good, new, *pairs) is None
     assert sorted(file.name for file in new.iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json"]
     model = VideoMAEForPreTraining.from_pretrained(new)
@@ -476,73 +558,78 @@ def test_command_line(tmp_path, capsys):
     processor = VideoMAEImageProcessor.from_pretrained(new)
     assert tuple(processor.image_mean) == IMAGENET_MEAN
     assert processor.crop_size == {"height": 32, "width": 32}
-    nowhere = tmp_path / "nowhere.pth"
-    failed = subprocess.run([*command, nowhere], capture_output=True, text=True)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert failed.stderr.startswith(f"checkpoints.py: source: {nowhere} is neither here nor on")
-
-    usage = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert "python checkpoints.py SOURCE TARGET" in usage.stderr
+    assert "python checkpoints.py SOURCE TARGET" in run_script(monkeypatch, "--help")
+    message = run_script(monkeypatch, tmp_path / "nowhere.pth")
+    assert message.startswith(f"checkpoints.py: {tmp_path}/nowhere.pth: not a local path")
 
     for name, kind in KINDS.items():
         checkpoints.main(GOLDEN / name)
         output = capsys.readouterr().out
         assert kind.__name__ in output and "hidden_size=48" in output
-    torch.save({"model": Bomb(tmp_path / "executed")}, tmp_path / "code.pth")
     broken = safetensors.load_file(new / "model.safetensors")
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
     for paths, fields, message in [
-        ([tmp_path / "code.pth"], {}, "or more than plain data"),
         ([new], {}, "not finite: decoder.mask_token"),
         ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
-        ([good], {}, "hidden_size: got 48, expected a multiple of num_attention_heads 0"),
-        ([good], known | {"image_sise": 32}, "unexpected keyword argument 'image_sise'"),
+        ([good], known | {"image_sise": 32}, r"unknown \['image_sise'\]"),
         ([good, new], known, "exists already"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             checkpoints.main(*paths, **fields)
-    assert not (tmp_path / "executed").exists() and not (tmp_path / "newer").exists()
+    assert not (tmp_path / "newer").exists()
+
+
+@pytest.mark.parametrize("image_size", [(64, 32), (32, 64)])
+def test_a_converted_model_that_is_not_square_takes_ordinary_video(image_size, tmp_path):
+    VideoMAEForPreTraining(VideoMAEConfig(
+        **SMALL | dict(image_size=image_size), use_mean_pooling=False)).save_pretrained(tmp_path)
+    checkpoints.main(tmp_path, tmp_path / "new")
+    processor = VideoMAEImageProcessor.from_pretrained(tmp_path / "new")
+    model = VideoMAEForPreTraining.from_pretrained(tmp_path / "new")
+    for height, width in ((240, 320), (320, 240)):
+        frames = np.random.default_rng(0).integers(0, 256, (8, height, width, 3), dtype=np.uint8)
+        inputs = processor(frames, return_tensors="pt")
+        inputs["bool_masked_pos"] = random_mask("tube", 1, model.config.grid, 0.75)
+        assert model(**inputs).loss.isfinite()
 
 
 def test_hub_ids(tmp_path):
     """Downloaded from a server that answers as the hub does; then from the cache, without it."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-
-    def run(*commands, env):
-        """One process, for huggingface_hub reads the environment once -> (exit status, output)."""
-        lines = [list(map(str, command)) for command in commands]
-        code = f"import checkpoints\nfor paths in {lines}:\n    checkpoints.main(*paths)"
-        process = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | env,
-                                 capture_output=True, text=True, timeout=120)
-        return process.returncode, process.stdout + process.stderr
-
-    source = GOLDEN / "hf_classify_tiny"
-    expected = safetensors.load_file(source / "model.safetensors")
-    names = ("tiny", "bin")
-    for name in names:
-        shutil.copytree(source, tmp_path / f"hub/someone/{name}/resolve/main")
-    directory = tmp_path / "hub/someone/bin/resolve/main"
-    torch.save(expected, directory / "pytorch_model.bin")
-    (directory / "model.safetensors").unlink()
-    with hub_server(tmp_path / "hub") as env:
-        env["HF_HOME"] = str(tmp_path / "home")
-        status, output = run(*((f"someone/{name}", tmp_path / name) for name in names), env=env)
-    assert status == 0, output
-    for name in names:
-        weights = safetensors.load_file(tmp_path / name / "model.safetensors")
-        assert same_weights(weights, expected)
-
-    env["HF_HUB_OFFLINE"] = "1"
-    status, output = run(*([f"someone/{name}"] for name in (*names, "other")), env=env)
-    assert output.count(": VideoMAEForVideoClassification") == 2
-    assert status == 1 and "ValueError: source: someone/other is neither here" in output
+    hub = tmp_path / "hub/someone"
+    for path in ("tiny/resolve/main", "bin/resolve/main", "many/resolve/main/second"):
+        shutil.copytree(CLASSIFY, hub / path)
+    expected = safetensors.load_file(CLASSIFY / "model.safetensors")
+    torch.save(expected, hub / "bin/resolve/main/pytorch_model.bin")
+    (hub / "bin/resolve/main/model.safetensors").unlink()
+    code = f"""
+import pytest, torch
+from processor import VideoMAEImageProcessor
+from videomae import VideoMAEModel
+expected = VideoMAEModel.from_pretrained({str(CLASSIFY)!r}).state_dict()
+processor = VideoMAEImageProcessor.from_pretrained({str(CLASSIFY)!r})
+places = dict(tiny={{}}, bin={{"revision": "main", "token": "t"}}, many={{"subfolder": "second"}})
+for options in ({{}}, {{"local_files_only": True}}):
+    for name, place in places.items():
+        place = place | options | {{"cache_dir": "cache"}}
+        model = VideoMAEModel.from_pretrained(f"someone/{{name}}", **place)
+        assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
+        assert VideoMAEImageProcessor.from_pretrained(f"someone/{{name}}", **place) == processor
+    with pytest.raises(ValueError, match="someone/other: not a local path, and not found on the"):
+        VideoMAEModel.from_pretrained("someone/other", cache_dir="cache", **options)
+"""
+    with hub_server(tmp_path / "hub") as env:  # a process, for the environment is read once
+        process = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | env | {"PYTHONPATH": HERE},
+            capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "cache/models--someone--tiny").exists()
 
 
 def test_a_missing_huggingface_hub_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="someone/tiny is neither here .*huggingface_hub"):
-        VideoMAEModel.from_pretrained("someone/tiny")
+    assert "huggingface_hub" in refused("someone/tiny: not a local path", "someone/tiny")
 
 
 @pytest.mark.hub
@@ -576,23 +663,20 @@ def test_published_weights():
 # Copied into another project
 
 
-def python(code, folder):
-    """Run code in a folder -> its output."""
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-def test_videomae_alone_needs_torch_and_einops_only(tmp_path):
+def test_files_copied_into_another_project(tmp_path):
+    """videomae.py alone needs torch, numpy and einops; in a package, it finds checkpoints.py."""
+    (tmp_path / "package").mkdir()
     shutil.copy(HERE / "videomae.py", tmp_path)
-    output = python("""
-import sys, torch, einops
+    for name in ("videomae.py", "checkpoints.py"):
+        shutil.copy(HERE / name, tmp_path / "package")
+    code = f"""
+import sys, torch, numpy, einops
 before = set(sys.modules)
 sys.modules["checkpoints"] = None  # this project's, where it is installed, does not count
 import videomae
-new = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
-assert new <= {"videomae", "checkpoints", "torch", "einops"}, new
+new = {{name.split(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names
+assert new <= {{"videomae", "checkpoints"}}, new
+assert videomae.__file__ == {str(tmp_path / "videomae.py")!r}
 
 config = videomae.VideoMAEConfig.preset("tiny")
 mask = videomae.random_mask("tube", 2, config.grid, 0.75)
@@ -600,20 +684,16 @@ videomae.VideoMAEForPreTraining(config)(torch.randn(2, 8, 3, 32, 32), mask).loss
 try:
     videomae.VideoMAEModel.from_pretrained("MCG-NJU/videomae-base")
 except ImportError as error:
-    print(videomae.__file__, error, sep="\\n")
-""", tmp_path)
-    file, message = output.splitlines()
-    assert file == str(tmp_path / "videomae.py") and "checkpoints.py beside videomae.py" in message
+    assert "checkpoints.py beside videomae.py" in str(error)
+else:
+    raise AssertionError
 
-
-def test_files_work_inside_a_package(tmp_path):
-    (tmp_path / "package").mkdir()
-    for name in ("videomae.py", "checkpoints.py"):
-        shutil.copy(HERE / name, tmp_path / "package")
-    output = python(f"""
-import sys, package.videomae as videomae
-model = videomae.VideoMAEForPreTraining.from_pretrained({str(GOLDEN / "hf_pretrain_tiny")!r})
+import package.videomae
+model = package.videomae.VideoMAEForPreTraining.from_pretrained({str(PRETRAIN)!r})
 model.save_pretrained("saved")
-print(sorted({{"videomae", "checkpoints", "package.checkpoints"}} & set(sys.modules)))
-""", tmp_path)
-    assert output.strip() == "['package.checkpoints']" and (tmp_path / "saved/config.json").exists()
+assert "package.checkpoints" in sys.modules
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "saved/config.json").exists()
