@@ -1,41 +1,39 @@
-"""tiny/: videos found, decoded, split and sampled; synthetic clips, augmentation, pictures."""
+"""Videos that people bring: their folders and lists, broken files, predictions.
+
+    FUZZ=300 python -m pytest -q -s tests/test_videos.py     so many lists and damaged videos
+"""
+import collections
 import os
+import random
 import re
 import subprocess
 import sys
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import turn_clockwise, write_video
-from tiny import report
-from tiny.augment import colour_jitter, flip, multi_scale_crop
-from tiny.synthetic import MOTIONS, SyntheticClips, draw_scenes, film
-from tiny.videos import (
-    LongVideo,
-    VideoClips,
-    decode,
-    decode_all,
-    find_videos,
-    load_videos,
-    read_frames,
-    split_videos,
+from tests.helpers import damage, turn_clockwise, write_video
+from tiny import predict
+from tiny.augment import flip, multi_scale_crop
+from tiny.evaluate import probabilities
+from tiny.folders import find_videos, split_videos
+from tiny.videos import VideoClips, decode, decode_all, load_videos, read_frames, read_views, scan
+from videomae import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    preprocess,
 )
-from videomae import VideoMAEConfig, VideoMAEForPreTraining
 
 HERE = Path(__file__).parent.parent
-UCF101_MINI = HERE.parent / "shared/ucf101_mini"
+SHARED = HERE.parent / "shared"
 TINY = VideoMAEConfig.preset("tiny")
-
-
-def recipe(**changes):
-    """What tiny/ reads of a recipe."""
-    defaults = dict(fps=25.0, views=5, crops=3, max_minutes=60.0, cache_gb=1.0, split=1,
-                    mask="tube", mask_ratio=0.75)
-    return SimpleNamespace(**defaults | changes)
+FUZZ = int(os.environ.get("FUZZ", 0))
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +41,187 @@ def seeded():
     torch.manual_seed(0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Decoded
-
-
 def ramp(frames):
-    """(frames, 48, 64, 3): each frame of one colour, which says when it is."""
+    """(frames, 48, 64, 3): each frame of one colour, which tells its time."""
     t = np.arange(frames)
     colours = np.stack([20 + 200 * t // frames, np.full(frames, 120), 200 - 150 * t // frames], 1)
     return np.tile(colours[:, None, None].astype(np.uint8), (1, 48, 64, 1))
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders and lists
+
+
+def split(folder, number=1):
+    """-> [{(class name, file name)} to train on, and to test on]."""
+    videos = find_videos(folder, number)
+    parts = split_videos(folder, videos, {video.label for video in videos})
+    return [{(video.label, video.file.name) for video in part} for part in parts]
+
+
+def test_folders_split_by_group_by_lists_or_as_they_are(tmp_path, capsys):
+    clips = [(g, c) for g in range(1, 7) for c in (1, 2)]
+    names = [f"{name}/v_{name}_g{g:02}_c{c:02}.avi" for name in "AB" for g, c in clips]
+    touch(tmp_path, *names, "A/notes.txt", "A/._v_A_g01_c01.avi")
+    parts = split(tmp_path)
+    groups = [{(name, file[4:7]) for name, file in part} for part in parts]
+    assert groups[1] == {("A", "g01"), ("A", "g06"), ("B", "g01"), ("B", "g06")}
+    assert not groups[0] & groups[1]
+    assert [len(part) for part in parts] == [16, 8]
+
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    for number, g in ((1, 1), (2, 5)):
+        trained = "A/v_A_g02_c01.avi 1\nB/v_B_g02_c01.avi 2\nC/not_here.avi 3\n"
+        (lists / f"trainlist0{number}.txt").write_text(trained)
+        tested = "".join(f"{name}/v_{name}_g0{g}_c01.avi\n" for name in "AB")
+        (lists / f"testlist0{number}.txt").write_text(tested)
+        trained = {("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")}
+        tested = {("A", f"v_A_g0{g}_c01.avi"), ("B", f"v_B_g0{g}_c01.avi")}
+        assert split(tmp_path, number) == [trained, tested]
+        said = "1 of 3 files are of classes that are not here, the first is line 3: C/not_here"
+        assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="trainlist03.txt: no such file"):
+        split(tmp_path, 3)
+    with open(lists / "trainlist01.txt", "a") as file:
+        file.write("A/v_A_g99_c01.avi 1\n")
+    with pytest.raises(ValueError, match="01.txt: 2 of 4 files not found, the first is line 3: C/"):
+        split(tmp_path, 1)
+
+    (tmp_path / "train.csv").write_text("B/v_B_g02_c01.avi 0\n\nA/v_A_g02_c01.avi 1\n")
+    with pytest.raises(ValueError, match="test.csv: no such file"):
+        split(tmp_path)
+    (tmp_path / "val.csv").write_text("A/v_A_g01_c01.avi 1\nB/v_B_g01_c01.avi 0\n")
+    assert split(tmp_path) == [{("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")},
+                               {("A", "v_A_g01_c01.avi"), ("B", "v_B_g01_c01.avi")}]
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_test_is_a_split_beside_train_and_else_a_class(tmp_path, held_out):
+    for name in ("A", held_out):
+        touch(tmp_path / "classes", *(f"{name}/{i}.mp4" for i in (1, 2)))
+        touch(tmp_path / "splits", f"train/{name}/1.mp4", f"{held_out}/{name}/2.MP4")
+    assert split(tmp_path / "classes") == [{("A", "2.mp4"), (held_out, "2.mp4")},
+                                           {("A", "1.mp4"), (held_out, "1.mp4")}]
+    assert split(tmp_path / "splits") == [{("A", "1.mp4"), (held_out, "1.mp4")},
+                                          {("A", "2.MP4"), (held_out, "2.MP4")}]
+
+
+def test_folders_that_cannot_be_used_are_refused_before_anything_is_printed(tmp_path, capsys):
+    def refused(match, folder=tmp_path, config=TINY):
+        with pytest.raises(ValueError, match=match):
+            load_videos(folder, config, 25.0, cache=tmp_path / "cache")
+
+    refused("nowhere: no such folder", tmp_path / "nowhere")
+    refused("got no video, expected videos of two classes or more, Class/")
+    touch(tmp_path, "A/one.mp4", "A/two.mp4")
+    refused(r"got \['A'\], expected videos of two classes or more")
+    touch(tmp_path, "B/one.mp4")
+    refused("no train video of class B can be read")
+    touch(tmp_path, "B/two.mp4")
+    refused("num_channels: got 1, expected 3", config=VideoMAEConfig.preset("tiny", num_channels=1))
+    assert capsys.readouterr().out == "" and not (tmp_path / "cache").exists()
+
+
+REASONS = {
+    "lost": "files not found",
+    "garbage": r"lines do not start with a path",
+    "both": "files are in both lists",
+    "twice": "files have two labels",
+    "label": "labels do not fit the folders of their files",
+    "third": "lines have another third column than the first",
+    "bare": "files have no label|lines have another third column",
+}
+
+
+def write_lists(rng, folder) -> tuple[list, str]:
+    """Write videos, train.csv and test.csv in some person's way -> what they mean, as `split` has
+    it, and a pattern of the error that must come instead, "" if they can only mean one thing."""
+    layout = rng.choice(["classes", "classes", "flat", "people", "splits"])
+    is_folder = layout == "classes"
+    how = rng.choice(["number", "from 1", "1.0", "name"] + ["same", "none"] * is_folder)
+    names = rng.sample(["jump", "golf swing", "Bogenschießen", "射箭", "A", "0"], 3)
+    separator = rng.choice([" ", "  ", "\t", ",", ", ", ";", " ; "])
+    prefix = rng.choice(["", "", "./", "/data of another/machine/", "C:\\videos\\", f"{folder}/"])
+    tail = rng.choice(["", "", " ", separator, f"{separator}-1", f"{separator}0", " # seen"])
+    quote, slash = rng.choice(["", "", '"']), rng.choice("//\\")
+    fault = rng.choice(["", "", "", *REASONS])
+    if fault in ("label", "twice", "third", "bare") and how in ("same", "none"):
+        fault = ""
+    if fault == "label" and not is_folder or fault == "bare" and is_folder:
+        fault = ""  # then it is none
+    victim = rng.choice([number for number in range(3, 24) if number % 4])
+
+    parts, lists = [set(), set()], [[], []]
+    for number in range(24):
+        is_test, k, is_bad = number % 4 == 0, number % 3, number == victim
+        where = {"classes": names[k], "flat": "videos", "people": f"person {number % 5}",
+                 "splits": ("train", "test")[is_test]}[layout]
+        stem = rng.choice(["v_", "my clip ", "1.mp4 copy ", "ü,", "a;b #", "é é"])
+        name = f"{stem}{number}.avi"
+        touch(folder, f"{where}/{name}")
+        means = names[k] if is_folder or how == "name" else str(k + (how == "from 1"))
+        parts[is_test].add((means, name))
+
+        path = f"{quote}{prefix}{where}/{name}{quote}".replace("/", slash)
+        right, wrong = ({"number": i, "from 1": i + 1, "1.0": f"{i}.0", "name": names[i],
+                         "same": 0}.get(how) for i in (k, k - 1))
+        line = path if right is None else f"{path}{separator}{right}{tail}"
+        if is_test and is_folder and tail in ("", " ") and rng.random() < 0.5:
+            line = path
+        faulty = {
+            "lost": line.replace(slash + name, rng.choice(["x", slash]) + slash + "x" + name),
+            "label": f"{path}{separator}{wrong}{tail}", "bare": path,
+            "third": f"{path}{separator}1{separator}77",
+            "twice": f"{path}{separator}{wrong}{tail}", "garbage": "hello 5", "both": line}
+        if is_bad and fault in ("lost", "label", "bare", "third"):
+            lists[0].append((faulty[fault], True))
+        else:
+            lists[is_test].append((line, False))
+            if is_bad and fault:
+                lists[fault == "both"].append((faulty[fault], True))
+
+    for file, lines in zip(("train.csv", "test.csv"), lists, strict=True):
+        for extra in rng.choices(["", "   ", "# a comment, 5", lines[0][0]], k=rng.randrange(4)):
+            lines.insert(rng.randrange(2, len(lines) + 1), (extra, False))
+        if rng.random() < 0.5:
+            lines.insert(0, (rng.choice(["path,label", "video_name label", "file;class"]), False))
+        text = "".join(line + rng.choice(["", "", " "]) + "\n" for line, _ in lines)
+        text = text.replace("\n", rng.choice(["\n", "\r\n"]))
+        (folder / file).write_bytes(text.encode(rng.choice(["utf-8", "utf-8-sig"])))
+        if any(is_bad for _, is_bad in lines):
+            number = 1 + [is_bad for _, is_bad in lines].index(True)
+            error = rf"{file}: 1 of \d+ ({REASONS[fault]}).*, the first is line {number}: "
+    return parts, error if fault else ""
+
+
+def test_lists_are_read_as_people_write_them(tmp_path):
+    outcomes, wrong = collections.Counter(), []
+    for number in range(FUZZ or 100):
+        folder = tmp_path / str(number)
+        expected, error = write_lists(random.Random(number), folder)
+        try:
+            got = split(folder)
+            is_right, outcome = got == expected and not error, "read"
+        except ValueError as refusal:
+            got, outcome = str(refusal), "refused by file and line"
+            is_right = error and re.search(error, got)
+        outcomes[outcome if is_right else "wrong"] += 1
+        if not is_right:
+            wrong.append(f"{number}: got {got}, expected {error or expected}\n"
+                         f"{(folder / 'train.csv').read_text()}")
+    print(dict(outcomes))
+    assert not wrong, "\n".join(wrong[:3])
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoded
 
 
 def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
@@ -76,44 +246,47 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
     (folder / "text.mp4").write_text("hello")
     files = [*sorted(folder.iterdir()), folder / "missing.mp4"]
 
-    decoded = decode_all(files, 32, recipe(cache=tmp_path / "cache"))
-    lengths = {file.name: len(np.load(path)) for file, path in decoded.items()}
-    assert lengths.pop("truncated.avi") in range(1, 40)
-    assert lengths == {
-        "good.avi": 40, "old.mpg": 40, "one frame.mp4": 1, "five frames.mp4": 5, "portrait.mp4": 40,
-        "turned.mp4": 40, "grey.mkv": 40, "16 bit.mkv": 40, "odd.mkv": 40,
-        "Bogenschießen 射箭.avi": 40,
-    }
-    left_out = re.findall(r"left out: .*/(\w+\.mp4)", capsys.readouterr().out)
-    assert sorted(left_out) == ["empty.mp4", "missing.mp4", "text.mp4"]
+    for height, width in ((32, 32), (32, 64), (48, 32)):
+        decoded = decode_all(files, (height, width), 25.0, tmp_path / "cache")
+        frames = {file.name: np.load(path) for file, path in decoded.items()}
+        config = VideoMAEConfig.preset("tiny", image_size=(height, width))
+        for one in frames.values():
+            assert one.shape[1] >= height and one.shape[2] >= width, "covers the model's rectangle"
+            assert one.shape[1] == height or one.shape[2] == width, "and just so"
+        clips = VideoClips(["A"], torch.zeros(len(frames)), list(decoded.values()), config, views=2)
+        assert clips.train_clips(torch.arange(11)).shape == (11, 8, 3, height, width)
+        assert clips.test_views(3).shape == (2, 8, 3, height, width)
 
-    labels = torch.zeros(len(decoded), dtype=torch.int64)
-    clips = VideoClips(["A"], list(decoded.values()), labels, TINY, recipe())
-    for random in (None, torch.rand(10, 4)):
-        assert clips.load(torch.arange(10), random).shape == (10, 8, 3, 32, 32)
-    turned = np.load(decoded[folder / "turned.mp4"])[0].astype(int)
+        lengths = {name: len(one) for name, one in frames.items()}
+        assert lengths.pop("truncated.avi") in range(1, 40)
+        assert lengths == {
+            "good.avi": 40, "old.mpg": 40, "one frame.mp4": 1, "five frames.mp4": 5, "odd.mkv": 40,
+            "portrait.mp4": 40, "turned.mp4": 40, "grey.mkv": 40, "16 bit.mkv": 40,
+            "Bogenschießen 射箭.avi": 40,
+        }
+        skipped = re.findall(r"skipped: .*?(\w+\.mp4)", capsys.readouterr().out)
+        assert sorted(skipped) == ["empty.mp4", "missing.mp4", "text.mp4"], "each of them once"
+    turned = np.load(decode(folder / "turned.mp4", (32, 32), 25.0, tmp_path))[0].astype(int)
     assert turned.shape[0] > turned.shape[1]
     assert turned[:, -8:].mean() < 30 < turned[:, :8].mean(), "black on the right"
 
 
 def test_decoded_frames_are_the_video(tmp_path):
-    """Colours and order survive the way from a file to a clip; a short video holds its last."""
-    write_video(tmp_path / "A/one.mp4", ramp(6))
-    some = recipe(cache=tmp_path / "cache")
-    decoded = decode(tmp_path / "A/one.mp4", 32, some)
-    labels = torch.zeros(1, dtype=torch.int64)
-    clips = VideoClips(["A"], [decoded], labels, TINY, recipe())
-    clip = clips.load(torch.tensor([0]))[0]  # (8, 3, 32, 32)
+    """Colours and order survive the way from a file to a clip; a short video repeats its last."""
+    write_video(tmp_path / "one.mp4", ramp(6))
+    decoded = decode(tmp_path / "one.mp4", (32, 32), 25.0, tmp_path)
+    clips = VideoClips(["A"], torch.zeros(1), [decoded], TINY)
+    clip = clips.train_clips(torch.tensor([0]))[0]  # (8, 3, 32, 32)
     expected = torch.from_numpy(ramp(6)[[0, 1, 2, 3, 4, 5, 5, 5], 0, 0]).float()
     assert (clip.float().mean(dim=(2, 3)) - expected).abs().max() < 6
     time = decoded.stat().st_mtime_ns
-    assert decode(tmp_path / "A/one.mp4", 32, some) == decoded
+    assert decode(tmp_path / "one.mp4", (32, 32), 25.0, tmp_path) == decoded
     assert decoded.stat().st_mtime_ns == time, "decoded once"
 
 
 def seconds_seen(path, length, fps):
     """The time of each frame of a video made of `ramp`, read off its colour."""
-    red = np.stack(list(read_frames(path, 32, fps)))[..., 0].mean(axis=(1, 2))
+    red = np.stack(list(read_frames(path, (32, 32), scan(path, fps)[0])))[..., 0].mean(axis=(1, 2))
     return (red - 20) / 200 * length
 
 
@@ -133,145 +306,135 @@ def test_time_counts_and_not_frames(tmp_path):
     assert len(seconds_seen(tmp_path / "25.mp4", 2.0, 50)) in (99, 100), "frames are repeated"
 
 
-def test_long_videos_are_bounded_and_only_their_windows_are_decoded(tmp_path, capsys):
-    write_video(tmp_path / "long.mp4", ramp(1500))  # a minute
-    write_video(tmp_path / "live.mkv", ramp(1500), live="1")  # its header does not say how long
-    for name in ("long.mp4", "live.mkv"):
-        video = LongVideo(tmp_path / name, TINY, recipe(views=4, crops=1))
-        for view in range(4):
-            clip = video.load(torch.tensor([0]), view=view)[0]  # (8, 3, 32, 32)
-            red = clip[:, 0].float().mean(dim=(1, 2))
-            start = (view + 0.5) / 4 * (60 - 8 / 25)
-            assert (red - 20 - 200 * start / 60).abs().max() < 4, "spread over the whole length"
+@pytest.mark.parametrize("name, first", [
+    ("a.mp4", 0), ("live.mkv", 0), ("a.mpg", 0), ("a.mkv", 2500), ("a.webm", 2500),
+    ("a.avi", 2500), ("a.mp4", 2500), ("a.mpg", 2500)])
+def test_views_are_spread_wherever_the_time_begins(tmp_path, name, first):
+    """20 s, in a file whose time begins at 0 or at 100 s: what is seen in training, in testing
+    and in `predict` are the same frames."""
+    path, frames = tmp_path / name, ramp(500)
+    codec = {".webm": "libvpx", ".mpg": "mpeg1video"}.get(path.suffix, "mpeg4")
+    live = {"live": "1"} if name == "live.mkv" else {}  # a header that does not say how long it is
+    write_video(path, frames, codec=codec, stamps=np.arange(500) + first, **live)
+    views = read_views(path, TINY, 25.0, views=4)  # (4, 8, 3, 32, 32)
+    starts = (np.arange(4) + 0.5) / 4 * (500 - 8)
+    expected = preprocess(frames[starts.round().astype(int)], TINY)[:, :, 0, 0]
+    assert (views[:, 0].mean(dim=(2, 3)) - expected).abs().max() < 0.07
 
-    files, some = [tmp_path / "long.mp4"], recipe(max_minutes=0.5, fps=5.0, cache=tmp_path)
-    (decoded,) = decode_all(files, 32, some).values()
-    assert len(np.load(decoded)) == 150
-    said = "about 0.00 GB for 0.5 of 1.0 minutes of video, the first 0.5 of each"
-    assert said in capsys.readouterr().out
-    some.cache_gb = 1e-6
-    with pytest.raises(ValueError, match="--cache-gb: got 1e-06"):
-        decode_all(files, 32, some)
-
-
-def test_a_killed_decode_leaves_nothing_that_counts(tmp_path):
-    write_video(tmp_path / "long.mp4", ramp(3000))
-    code = ("import sys; from types import SimpleNamespace; from pathlib import Path;"
-            "from tiny.videos import decode; print(decode(Path('long.mp4'), 32,"
-            "SimpleNamespace(fps=25.0, max_minutes=60.0, cache='cache')))")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
-                               env=os.environ | {"PYTHONPATH": str(HERE)})
-    while not list(tmp_path.glob("cache/*.tmp")):
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert not list(tmp_path.glob("cache/*.npy"))
-    decoded = decode(tmp_path / "long.mp4", 32, recipe(cache=tmp_path / "cache"))
-    assert np.load(decoded, mmap_mode="r").shape == (3000, 32, 43, 3)
+    clips = VideoClips(["A"], torch.zeros(1), [decode(path, (32, 32), 25.0, tmp_path)], TINY, 4)
+    assert len(np.load(clips.videos[0])) in range(499, 502)
+    assert (clips.test_views(0) - views).abs().max() < 0.07
 
 
-def test_views_and_crops(tmp_path):
-    """Which frames and places make a clip, read off a video whose colours say time and column."""
+def test_windows_are_random_and_views_are_not(tmp_path):
+    """Which frames and places make a clip, read off a video whose colours tell time and column."""
     video = np.zeros((50, 32, 96, 3), dtype=np.uint8)
     video[..., 0] = 5 * np.arange(50)[:, None, None]
     video[..., 1] = 2 * np.arange(96)
     np.save(tmp_path / "video.npy", video)
-    zero = torch.tensor([0])
+    clips = VideoClips(["A"], torch.zeros(1), [tmp_path / "video.npy"], TINY, views=2, flip=False)
+    expected = preprocess(video[10:18], TINY), preprocess(video[32:40], TINY)
+    assert torch.equal(clips.test_views(0), torch.stack(expected)), "1/4 and 3/4 of the 43 starts"
 
-    def clips(**changes):
-        return VideoClips(["A"], [tmp_path / "video.npy"], zero, TINY, recipe(**changes))
+    index = torch.zeros(600, dtype=torch.int64)
+    drawn = clips.train_clips(index)  # (600, 8, 3, 32, 32)
+    starts = drawn[:, 0, 0, 0, 0] // 5
+    assert set(starts.tolist()) == set(range(43)), "every start there is"
+    assert (drawn[:, :, 0, 0, 0].int().diff(dim=1) == 5).all(), "frame by frame"
+    columns = drawn[:, 0, 1, 0] / 2  # (600, 32)
+    assert columns[:, 0].min() < 4 and columns[:, -1].max() > 91, "anywhere"
+    assert columns[:, 0].unique().numel() > 40
+    assert (columns.diff(dim=1) >= 0).all(), "not mirrored"
 
-    def times(clip):
-        return (clip[0, :, 0, 0, 0] // 5).tolist()
+    torch.manual_seed(1)
+    again = [clips.train_clips(index[:4]), torch.manual_seed(1) and clips.train_clips(index[:4])]
+    assert torch.equal(*again), "drawn from torch's global generator"
+    clips.flip = True
+    mirrored = clips.train_clips(index)[:, 0, 1, 0].int().diff(dim=1).sum(dim=1) < 0
+    assert 240 < mirrored.sum() < 360
 
-    six = clips(views=2, crops=3)
-    loaded = [six.load(zero, view=view) for view in range(six.num_views)]
-    # A quarter and three quarters of the 43 starts, and three places at each.
-    assert [times(x)[0] for x in loaded] == [10, 10, 10, 32, 32, 32]
-    assert [int(x[0, 0, 1, 0, 0]) // 2 for x in loaded] == [0, 32, 64] * 2
-    assert all(np.diff(times(x)).tolist() == [1] * 7 for x in loaded)
 
-    drawn = [six.load(zero, torch.rand(1, 4)) for _ in range(600)]
-    assert {times(x)[0] for x in drawn} == set(range(43)), "every start there is"
-    lefts = {int(x[0, 0, 1, 0, 0]) // 2 for x in drawn}
-    assert min(lefts) < 4 and max(lefts) > 64 and len(lefts) > 40, "anywhere"
-    again = torch.rand(1, 4)
-    assert torch.equal(six.load(zero, again), six.load(zero, again))
+def test_crops_have_the_shape_of_the_model():
+    frames = torch.arange(40 * 60).remainder(256).byte().view(1, 1, 40, 60).expand(2, 3, -1, -1)
+    for height, width in ((32, 32), (16, 48), (64, 32)):
+        crops = [multi_scale_crop(frames, height, width) for _ in range(50)]
+        assert all(crop.shape == (2, 3, height, width) for crop in crops)
+        assert len({int(crop.float().sum()) for crop in crops}) > 25
+    assert {bool((flip(frames) == frames).all()) for _ in range(20)} == {True, False}
 
 
 # --------------------------------------------------------------------------------------------------
-# Found and split
+# Damaged
 
 
-def split(folder, number=1):
-    """-> {"train": [(class name, file name)], "test": ...}."""
-    found = find_videos(folder, number)
-    sides = split_videos(found, {file.parent.name for file, _ in found})
-    return {side: [(file.parent.name, file.name) for file in files]
-            for side, files in zip(("train", "test"), sides, strict=True)}
+CODECS = {"h264.mp4": "libx264", "mpeg4.avi": "mpeg4",
+          "vp9.webm": "libvpx-vp9", "vp8.mkv": "libvpx"}
 
 
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """{name: a video of 120 frames, with a key frame in every 30}."""
+    folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
+    frames = ramp(120) // 2 + rng.integers(0, 90, (120, 48, 64, 3), dtype=np.uint8)
+    for name, codec in CODECS.items():
+        write_video(folder / name, frames, codec=codec, gop=30)
+    return {name: folder / name for name in CODECS}
 
 
-def test_folders_split_by_scene_by_lists_or_as_they_are(tmp_path):
-    clips = [(g, c) for g in range(1, 7) for c in (1, 2)]
-    names = [f"{name}/v_{name}_g{g:02}_c{c:02}.avi" for name in "AB" for g, c in clips]
-    touch(tmp_path, *names, "A/notes.txt", "A/._v_A_g01_c01.avi")
-    sides = split(tmp_path)
-    scenes = {side: {(name, file[4:7]) for name, file in sides[side]} for side in sides}
-    assert scenes["test"] == {("A", "g01"), ("A", "g06"), ("B", "g01"), ("B", "g06")}
-    assert not scenes["train"] & scenes["test"]
-    assert (len(sides["train"]), len(sides["test"])) == (16, 8)
-
-    lists = tmp_path / "ucfTrainTestlist"
-    lists.mkdir()
-    for number, g in ((1, 1), (2, 5)):
-        trained = "A/v_A_g02_c01.avi 1\nB/v_B_g02_c01.avi 2\nC/not_here.avi 3\n"
-        (lists / f"trainlist0{number}.txt").write_text(trained)
-        tested = "".join(f"{name}/v_{name}_g0{g}_c01.avi\n" for name in "AB")
-        (lists / f"testlist0{number}.txt").write_text(tested)
-        tested = [("A", f"v_A_g0{g}_c01.avi"), ("B", f"v_B_g0{g}_c01.avi")]
-        assert split(tmp_path, number)["test"] == tested
-        assert [name for name, _ in split(tmp_path, number)["train"]] == ["A", "B"]
-    with pytest.raises(FileNotFoundError, match="trainlist03.txt"):
-        split(tmp_path, 3)
-
-    (tmp_path / "train.csv").write_text("B/v_B_g02_c01.avi 0\n\nA/v_A_g02_c01.avi 1\n")
-    with pytest.raises(FileNotFoundError, match="val.csv"):
-        split(tmp_path)
-    (tmp_path / "val.csv").write_text(f"{tmp_path}/A/v 1.avi 1\nB/v_B_g01_c01.avi 0\n")
-    assert split(tmp_path) == {"train": [("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")],
-                               "test": [("A", "v 1.avi"), ("B", "v_B_g01_c01.avi")]}
-
-    for held_out in ("val", "test"):
-        touch(tmp_path / "own", *(f"train/{name}/1.mp4" for name in "AB"))
-        touch(tmp_path / "own", *(f"{held_out}/{name}/{held_out}.MP4" for name in "AB"))
-        tested = [("A", f"{held_out}.MP4"), ("B", f"{held_out}.MP4")]
-        assert split(tmp_path / "own") == {"train": [("A", "1.mp4"), ("B", "1.mp4")],
-                                           "test": tested}
+def frames_to_the_first_error(path):
+    count = 0
+    with av.open(str(path)) as container:
+        try:
+            for _ in container.decode(video=0):
+                count += 1
+        except av.FFmpegError:
+            pass
+    return count
 
 
-def test_folders_that_cannot_be_used_are_refused(tmp_path):
-    def load(folder):
-        return load_videos(TINY, recipe(data=folder, cache=tmp_path / "cache"))
+def test_damaged_packets_cost_few_frames_and_are_reported(whole, tmp_path, capsys):
+    """What was decoded before the first error is, and every group of frames that is whole."""
+    kinds = {
+        "one": lambda i, is_key: i == 50,
+        "every 50th": lambda i, is_key: i % 50 == 7,
+        "the first": lambda i, is_key: i == 0,
+        "a key frame": lambda i, is_key: is_key and 0 < i < 50,
+        "some": lambda i, is_key: rng.random() < 0.02,
+        "many": lambda i, is_key: rng.random() < 0.3,
+    }
+    outcomes = collections.Counter()
+    for number in range(FUZZ or 24):
+        rng, name = random.Random(number), list(CODECS)[number % 4]
+        kind = list(kinds)[number // 4 % 6]
+        path = tmp_path / f"{number} {name}"
+        flags = damage(whole[name], path, kinds[kind])
+        starts = [i for i, (is_key, _) in enumerate(flags) if is_key]
+        groups = [flags[i:j] for i, j in pairwise([*starts, len(flags)])]
+        intact = sum(len(group) for group in groups if not any(bad for _, bad in group))
+        before = frames_to_the_first_error(path)
+        count = sum(is_damaged for _, is_damaged in flags)
+        try:
+            frames = np.load(decode(path, (32, 32), 25.0, tmp_path))
+        except ValueError as error:
+            assert str(path) in str(error) and intact == before == 0
+            outcomes[kind, name, "refused"] += 1
+            continue
+        said = capsys.readouterr().out
+        read = 120
+        if count:
+            reported = re.search(rf"{path}: (\d+) packets? damaged, (\d+) of 120 frames read", said)
+            assert int(reported[1]) >= count
+            read = int(reported[2])
+        assert read >= max(intact, before) and len(frames) >= before
+        if kind == "one":
+            assert "1 packet damaged, 119 of 120 frames read" in said and len(frames) == 120
+        outcomes[kind, name, "more" if read > before else "as many as before"] += 1
+    if FUZZ:
+        print(*outcomes.items(), sep="\n")
 
-    for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match="--data: got no video in .*Class/"):
-            load(folder)
-    touch(tmp_path, "A/one.mp4", "A/two.mp4")
-    with pytest.raises(ValueError, match=r"--data: got \['A'\] in .* two classes or more"):
-        load(tmp_path)
-    touch(tmp_path, "B/one.mp4")
-    with pytest.raises(ValueError, match="--data: no train video of class B"):
-        load(tmp_path)
 
-
-def test_a_broken_file_does_not_take_a_class_its_test_scene(tmp_path, capsys):
-    """The first scene of each class is for testing; of B, it is the first that can be read."""
+def test_a_broken_file_does_not_take_a_class_its_test_video(tmp_path, capsys):
+    """The first group of each class is for testing; of B, it is the first that can be read."""
     data = tmp_path / "data"
     for name in "AB":
         for g in (1, 2, 3):
@@ -279,188 +442,123 @@ def test_a_broken_file_does_not_take_a_class_its_test_scene(tmp_path, capsys):
             write_video(data / f"{name}/v_{name}_g{g:02}_c01.avi", frames)
     broken = data / "B/v_B_g01_c01.avi"
     broken.write_bytes(b"not a video")
-    some = recipe(data=data, cache=tmp_path / "cache")
-    train_clips, test_clips = load_videos(TINY, some)
+    train_clips, test_clips = load_videos(data, TINY, 25.0, cache=tmp_path / "cache")
     assert train_clips.classes == ["A", "B"]
     assert (train_clips.labels.tolist(), test_clips.labels.tolist()) == ([0, 0, 1], [0, 1])
-    said = f"left out: {broken}: cannot be decoded, expected a video\n"
-    assert capsys.readouterr().out.endswith(said)
-    assert train_clips.load(torch.arange(3)).shape == (3, 8, 3, 32, 32)
     assert not set(train_clips.videos) & set(test_clips.videos)
+    assert re.fullmatch(
+        rf"skipped: {broken}: cannot be decoded \(Invalid data .*\)\n"
+        rf"decoding 5 of 6 videos into {tmp_path}/cache/: about 0.00 GB, \d+.\d GB are free\n"
+        "3 of 5 videos have fewer than 8 frames at 25 a second; their last frame is repeated\n",
+        capsys.readouterr().out)
     (data / "B/v_B_g02_c01.avi").write_bytes(b"nor this one")
-    with pytest.raises(ValueError, match="--data: no train video of class B that can be read"):
-        load_videos(TINY, some)
+    with pytest.raises(ValueError, match="no train video of class B can be read"):
+        load_videos(data, TINY, 25.0, cache=tmp_path / "cache")
 
 
-@pytest.mark.skipif(not UCF101_MINI.is_dir(), reason="needs the real clips in ../shared")
-def test_real_clips(tmp_path):
-    sides = split(UCF101_MINI)
-    assert [len(sides[side]) for side in ("train", "test")] == [58, 23]
-    config, names = VideoMAEConfig.preset("laptop"), ["Punch", "YoYo"]
-    files = [next((UCF101_MINI / name).iterdir()) for name in names]
-    decoded = decode_all(files, 112, recipe(cache=tmp_path))
-    clips = VideoClips(names, list(decoded.values()), torch.arange(2), config, recipe())
-    loaded = clips.load(torch.arange(2))
-    assert loaded.shape == (2, 16, 3, 112, 112) and loaded.float().std() > 20
+def test_what_the_disk_cannot_hold_is_refused_and_what_is_decoded_is_not(tmp_path, monkeypatch):
+    for name in "AB":
+        write_video(tmp_path / f"{name}/1.mp4", ramp(100))
+    files, cache = sorted(tmp_path.glob("*/*")), tmp_path / "cache"
+    disk = collections.namedtuple("disk", "free")
+    size = 2 * 100 * 32 * 43 * 3
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(size - 1))
+    with pytest.raises(ValueError, match=r"cache: 0.0 GB are free, expected 0.0 GB"):
+        decode_all(files, (32, 32), 25.0, cache)
+    assert not list(cache.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(size))
+    decoded = decode_all(files, (32, 32), 25.0, cache)
+    assert sum(np.load(path).nbytes for path in decoded.values()) == size, "the size was exact"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk(0))
+    assert decode_all(files, (32, 32), 25.0, cache) == decoded
 
 
-# --------------------------------------------------------------------------------------------------
-# Augmentation
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    write_video(tmp_path / "long.mp4", ramp(3000))
+    tracemalloc.start()
+    decoded = decode(tmp_path / "long.mp4", (32, 32), 25.0, tmp_path)
+    read_views(tmp_path / "long.mp4", TINY, 25.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.load(decoded, mmap_mode="r").nbytes > 12e6 > 6 * peak
 
 
-def test_augmentations():
-    """Each changes what it should and keeps what it must."""
-    clip = torch.randn(64, 2, 3, 8, 8)
-    random = torch.cat([torch.rand(64, 9), torch.randn(64, 3)], dim=1)
-
-    flipped = flip(clip, random[:, 0])
-    mirrored = (flipped == clip.flip(-1)).flatten(1).all(dim=1)
-    assert 15 < mirrored.sum() < 49 and torch.equal(flipped[~mirrored], clip[~mirrored])
-
-    jittered, signs = colour_jitter(clip, random), set()
-    for before, after in zip(clip, jittered, strict=True):
-        # Each channel is a straight function of one channel before, alike in time.
-        channels = torch.cat([before, after], dim=1).transpose(0, 1).flatten(1)  # (6, T H W)
-        correlation = channels.corrcoef()[3:, :3]
-        is_source = correlation.abs() > 0.9999
-        assert is_source.sum() == 3
-        signs.add(tuple(correlation[is_source].sign().tolist()))
-    assert len(signs) == 8, "each channel is negated or not, whatever the others are"
-    assert jittered.std(dim=(1, 3, 4)).std(dim=1).min() > 0.005, "and has its own contrast"
-
-    frames = torch.arange(40 * 60).byte().view(1, 1, 40, 60).expand(2, 3, -1, -1)
-    crops = [multi_scale_crop(frames, 32, random) for random in torch.rand(50, 3).tolist()]
-    assert all(crop.shape == (2, 3, 32, 32) for crop in crops)
-    assert len({int(crop.float().mean()) for crop in crops}) > 5
-    for corner in ([0.0] * 3, [1.0] * 3):
-        assert multi_scale_crop(frames, 32, corner).shape == (2, 3, 32, 32)
+def test_a_killed_decode_leaves_nothing_that_counts(tmp_path):
+    write_video(tmp_path / "long.mp4", ramp(3000))
+    code = "from tiny.videos import *; decode(Path('long.mp4'), (32, 32), 25.0, 'cache')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
+                               env=os.environ | {"PYTHONPATH": str(HERE)})
+    while not list(tmp_path.glob("cache/*.tmp")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("cache/*.npy"))
+    decoded = decode(tmp_path / "long.mp4", (32, 32), 25.0, tmp_path / "cache")
+    assert np.load(decoded, mmap_mode="r").shape == (3000, 32, 43, 3)
 
 
 # --------------------------------------------------------------------------------------------------
-# Synthetic clips: the label is the motion, and no single frame gives it away
+# Predicted
 
 
-def test_the_middle_frame_does_not_depend_on_the_label():
-    """The same draws with another label: the middle frame is the same to the last bit."""
-    scenes = draw_scenes(8, 64, torch.Generator().manual_seed(0))
-    clips = torch.stack([
-        film(scenes, torch.full((64,), label), 8, 32, torch.Generator().manual_seed(1))
-        for label in range(len(MOTIONS))
-    ])  # (8, 64, T, 3, H, W)
-    assert (clips[:, :, 4] == clips[:1, :, 4]).all()
-    for frame in (0, 1, 2, 3, 5, 6, 7):
-        assert all((clips[i, :, frame] != clips[j, :, frame]).any()
-                   for i in range(8) for j in range(i))
+@pytest.fixture
+def finetuned(tmp_path):
+    """A run's folder, of a model that can tell red from blue."""
+    names = {0: "blue", 1: "赤"}
+    extra = dict(fps=25.0, views=2)
+    config = VideoMAEConfig.preset("tiny", id2label=names, use_mean_pooling=True, extra=extra)
+    model = VideoMAEForVideoClassification(config)
+    model.save_pretrained(tmp_path / "run/finetuned")
+    return tmp_path / "run"
 
 
-def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
-    """The best cue in one frame is how fine it is. Learned on other clips, it says nothing of the
-    middle frame, and of the first less than which way each zoom goes (2 of 8 classes more)."""
-    train_clips, test_clips = (SyntheticClips(3000, TINY, seed) for seed in (11, 12))
-
-    def fineness(clips, frame):
-        return clips.clips[:, frame].float().diff(dim=-1).square().mean(dim=(1, 2, 3))
-
-    def top1(frame):
-        fine, test_fine = fineness(train_clips, frame), fineness(test_clips, frame)
-        edges = fine.quantile(torch.linspace(0, 1, 21)[1:-1])  # 20 bins, each with its usual label
-        counts = torch.zeros(20, len(MOTIONS))
-        bins = torch.bucketize(fine, edges), train_clips.labels
-        counts.index_put_(bins, torch.ones(3000), accumulate=True)
-        predictions = counts.argmax(dim=1)[torch.bucketize(test_fine, edges)]
-        return (predictions == test_clips.labels).float().mean().item()
-
-    assert top1(4) < 0.155 and top1(0) < 0.30  # chance is 0.125
+def test_predict_goes_on_after_a_broken_video(finetuned, tmp_path, capsys):
+    write_video(tmp_path / "good.mp4", ramp(40))
+    (tmp_path / "broken.mp4").write_text("hello")
+    os.symlink("good.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
+    videos = [*map(str, sorted(tmp_path.glob("*.mp4"))), str(tmp_path / "missing.mp4")]
+    command = [sys.executable, "-m", "tiny.predict", finetuned, *videos]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+    assert done.returncode == 1
+    shares = r"\n +\d+\.\d %  .*\n +\d+\.\d %  .*\n"
+    assert re.fullmatch(rf".*/good.mp4{shares}.*/\\udcff.mp4{shares}", done.stdout)
+    assert done.stdout.count("blue") == done.stdout.count(r"\u8d64") == 2
+    assert done.stderr.splitlines() == [
+        f"{tmp_path}/broken.mp4: cannot be decoded (Invalid data found when processing input)",
+        f"{tmp_path}/missing.mp4: no such file"]
 
 
-def motion_by_optical_flow(clips):
-    """(B, T, C, 32, 32) uint8 -> (B,) MOTIONS index: least squares of I_t + u . grad I = 0, where
-    u = shift + rotation * (-y, x) + zoom * (x, y)."""
-    video = clips.float()
-    average = (video[:, 1:] + video[:, :-1]) / 2
-    dt = (video[:, 1:] - video[:, :-1])[..., 1:-1, 1:-1]
-    dx = (average[..., 1:-1, 2:] - average[..., 1:-1, :-2]) / 2
-    dy = (average[..., 2:, 1:-1] - average[..., :-2, 1:-1]) / 2
-    y, x = torch.meshgrid(torch.arange(30) - 14.5, torch.arange(30) - 14.5, indexing="ij")
-    # Turning about another centre is the same turn and a shift, so the shift is free here.
-    columns = torch.stack([dx, dy, dy * x - dx * y, dx * x + dy * y], dim=-1)
-    dt = -dt.flatten(1)[..., None]
-    solution = torch.linalg.lstsq(columns.flatten(1, -2), dt).solution[..., 0]
-    shift_x, shift_y, rotation, zoom = solution.unbind(dim=1)
-    zoom = 2.2 * zoom  # zooms are half as fast as turns
-    turning = torch.stack([rotation, -rotation, zoom, -zoom], dim=1)
-    straight = torch.stack([-shift_x, shift_x, -shift_y, shift_y], dim=1)
-    strongest, turn = turning.max(dim=1)
-    return torch.where(strongest > 0.1, 4 + turn, straight.argmax(dim=1))
+def test_predict_gives_what_evaluation_gives(finetuned, tmp_path, capsys):
+    write_video(tmp_path / "good.mp4", ramp(40))
+    assert predict.main(finetuned, str(tmp_path / "good.mp4")) == 0
+    said = capsys.readouterr().out
+    model = VideoMAEForVideoClassification.from_pretrained(finetuned / "finetuned")
+    decoded = decode(tmp_path / "good.mp4", (32, 32), 25.0, tmp_path)
+    clips = VideoClips(["blue", "赤"], torch.zeros(1, dtype=torch.int64), [decoded], TINY, views=2)
+    shares = probabilities(model, clips)[0]
+    for name, share in zip(clips.classes, shares, strict=True):
+        assert f"{100 * share:5.1f} %  {name}\n" in said
 
 
-def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
-    clips = SyntheticClips(500, TINY, seed=3)
-    right = motion_by_optical_flow(clips.clips) == clips.labels
-    reversed_right = motion_by_optical_flow(clips.clips.flip(1)) == clips.labels ^ 1
-    assert right.float().mean() > 0.7 and reversed_right.float().mean() > 0.7
+def test_predict_refuses_a_model_that_is_not_fine_tuned(tmp_path):
+    VideoMAEForPreTraining(TINY).save_pretrained(tmp_path / "run/pretrained")
+    with pytest.raises(ValueError, match="run/pretrained: got a model without a classifier"):
+        predict.main(tmp_path / "run/pretrained", "video.mp4")
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures and tables
+# Real clips
 
 
-def test_the_table_has_a_row_for_each_way_and_a_spread_for_several_runs():
-    def summary(data, plus=0.0):
-        return dict(
-            recipe=dict(data=data, labels_per_class=2), finetune_top1=60 + plus,
-            finetune_balanced=50.0, linear_probe_top1=40.0, linear_probe_balanced=10.0,
-            majority_top1=25.0, majority_balanced=20.0, scratch_full_time_top1=30.0 + plus,
-            seconds=dict(pretrain=100.0, finetune=10 + plus, scratch_full_time=110.0))
-
-    assert report.table([summary("synthetic")]).splitlines() == [
-        "| 2 labels per class | top-1, % | seconds |",
-        "| --- | --- | --- |",
-        "| from scratch | 30.0 | 110 |",
-        "| pretrained, linear probe | 40.0 | 100 |",
-        "| pretrained, fine-tuned | 60.0 | 100 + 10 |",
-        "| always the largest class | 25.0 |  |",
-    ]
-    runs = [summary("folder"), summary("folder", plus=2.0)]
-    for run in runs:
-        del run["scratch_full_time_top1"]
-    assert report.table(runs).splitlines() == [
-        "| 2 labels per class | top-1, % | balanced, % | seconds |",
-        "| --- | --- | --- | --- |",
-        "| pretrained, linear probe | 40.0 +- 0.0 | 10.0 +- 0.0 | 100 |",
-        "| pretrained, fine-tuned | 61.0 +- 1.4 | 50.0 +- 0.0 | 100 + 11 |",
-        "| always the largest class | 25.0 +- 0.0 | 20.0 +- 0.0 |  |",
-    ]
-    runs[1]["recipe"]["labels_per_class"] = 5
-    with pytest.raises(ValueError, match="labels per class, expected the same"):
-        report.table(runs)
-
-
-def test_pictures_are_drawn_and_say_what_is_borrowed(tmp_path, monkeypatch):
-    from PIL import Image
-
-    clips, saved = SyntheticClips(6, TINY, seed=1), []
-    save_gif = report.save_gif
-
-    def save_and_listen(pictures, text, path):
-        saved.append((pictures, text))
-        save_gif(pictures, text, path)
-
-    monkeypatch.setattr(report, "save_gif", save_and_listen)
-    for norm_pix_loss in (True, False):
-        config = VideoMAEConfig.preset("tiny", norm_pix_loss=norm_pix_loss)
-        report.draw_reconstruction(VideoMAEForPreTraining(config), clips, recipe(),
-                                   tmp_path / "moving.gif")
-    assert ["borrow mean and contrast" in text for _, text in saved] == [True, False]
-    assert Image.open(tmp_path / "moving.gif").n_frames == 8
-    # Rows: original, masked with grey, reconstruction. Visible patches are equal.
-    rows = saved[0][0].unflatten(1, (3, -1)).transpose(0, 1)  # (3, T, H, 4 W, 3)
-    is_grey = (rows[1] == 0.5).all(dim=-1)
-    assert is_grey.float().mean() == 0.75
-    same = (rows[0] == rows[2]).all(dim=-1)
-    assert same[~is_grey].all() and same[is_grey].float().mean() < 0.5
-
-    metrics = [dict(stage=stage, step=step, loss=1 / (step + 1))
-               for stage in ("pretrain", "finetune") for step in range(150)]
-    report.draw_curves(metrics, tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").size[0] > 300
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real clips in ../shared")
+@pytest.mark.parametrize("name, sizes", [("weizmann", (60, 30)), ("ucf101_mini", (58, 23))])
+def test_real_clips(tmp_path, name, sizes):
+    train_clips, test_clips = load_videos(SHARED / name, TINY, 12.5, cache=tmp_path)
+    assert (len(train_clips.labels), len(test_clips.labels)) == sizes
+    clips = train_clips.train_clips(torch.arange(20))
+    assert clips.shape == (20, 8, 3, 32, 32) and clips.float().std() > 20
+    tested = [video for video in find_videos(SHARED / name) if video.split == "test"]
+    for index in (0, 9, -1):
+        views = read_views(tested[index].file, TINY, 12.5)
+        assert torch.equal(views, test_clips.test_views(index)), "predict sees what the test sees"

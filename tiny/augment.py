@@ -1,43 +1,40 @@
-"""Crops, flips and colours, for training. The random numbers are arguments, so that the same
-numbers always give the same clips."""
-from collections.abc import Sequence
-
+"""Crops, flips and colours, for training, drawn from torch's global generator."""
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from videomae import resize
 
-def multi_scale_crop(clip: Tensor, size: int, place: Sequence[float]) -> Tensor:
-    """(T, C, H, W) uint8 -> (T, C, size, size): a rectangle; place: its scale, top and left, each
-    from 0, the largest or first, to 1.
 
-    Its height and width are 1, 0.875, 0.75 or 0.66 of the shorter side, at most one step apart.
-    The authors' GroupMultiScaleCrop, but anywhere and not at 13 fixed places.
+def multi_scale_crop(clip: Tensor, height: int, width: int) -> Tensor:
+    """(T, C, H, W) uint8 -> (T, C, height, width): a random rectangle of the clip, resized.
+
+    Its sides are 1, 0.875, 0.75 or 0.66 of those of the largest rectangle of the target's shape, at
+    most one step apart. The authors' GroupMultiScaleCrop has 13 fixed places, here it is anywhere.
     """
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    chosen = pairs[min(int(place[0] * len(pairs)), len(pairs) - 1)]
-    height, width = (round(scale * min(clip.shape[-2:])) for scale in chosen)
-    top = round(place[1] * (clip.shape[-2] - height))
-    left = round(place[2] * (clip.shape[-1] - width))
-    crop = clip[..., top : top + height, left : left + width]
-    crop = crop.contiguous(memory_format=torch.channels_last)  # torch's fast 8-bit path
-    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    scale_h, scale_w = pairs[torch.randint(len(pairs), ())]
+    largest = min(clip.shape[-2] / height, clip.shape[-1] / width)
+    h, w = round(scale_h * largest * height), round(scale_w * largest * width)
+    top = torch.randint(clip.shape[-2] - h + 1, ())
+    left = torch.randint(clip.shape[-1] - w + 1, ())
+    return resize(clip[..., top : top + h, left : left + w], height, width)
 
 
-def flip(frames: Tensor, random: Tensor) -> Tensor:
-    """(B, T, C, H, W) -> the same, mirrored left to right where random (B,) is below a half."""
-    is_mirrored = (random < 0.5).view(-1, 1, 1, 1, 1)
-    return torch.where(is_mirrored, frames.flip(-1), frames)
+def flip(clip: Tensor) -> Tensor:
+    """(T, C, H, W) -> the same, mirrored left to right in one of two calls."""
+    return clip.flip(-1) if torch.rand(()) < 0.5 else clip
 
 
-def colour_jitter(pixel_values: Tensor, random: Tensor) -> Tensor:
+def colour_jitter(pixel_values: Tensor) -> Tensor:
     """(B, T, C, H, W) -> the same with its channels shuffled, and each negated or not, stretched
-    and shifted, alike in all frames. random (B, 12): in [0, 1], the last 3 normal.
+    and shifted, alike in all frames.
 
     It changes colours and not motion. Without it, a few labelled clips are told apart by colour.
     """
-    order = random[:, :3].argsort(dim=1).view(-1, 1, 3, 1, 1).expand_as(pixel_values)
-    sign, contrast, shift = random[:, 3:].view(-1, 3, 1, 3, 1, 1).unbind(dim=1)  # (B, 1, C, 1, 1)
-    shuffled = pixel_values.gather(2, order)
-    return shuffled * (sign.round() * 2 - 1) * (0.5 + contrast) + 0.5 * shift
+    one_per_channel = pixel_values[:, :1, :, :1, :1]  # (B, 1, C, 1, 1)
+    order = torch.rand_like(one_per_channel).argsort(dim=2)
+    sign = 2 * torch.rand_like(one_per_channel).round() - 1
+    contrast = 0.5 + torch.rand_like(one_per_channel)
+    shift = 0.5 * torch.randn_like(one_per_channel)
+    return pixel_values.gather(2, order.expand_as(pixel_values)) * sign * contrast + shift

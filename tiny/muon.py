@@ -1,8 +1,8 @@
 """Muon (Keller Jordan, 2024): momentum, orthogonalized matrix by matrix.
 
-Its updates are as large as AdamW's (Liu et al., arXiv 2502.16982), so that their learning
-rates are alike. torch.optim.Muon, from torch 2.9 on, computes the same in bfloat16, which many CPUs
-only emulate: for the `tiny` model it is 20 times as slow there.
+Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so learning rates are
+alike. torch.optim.Muon, in torch 2.9 and later, computes the same in bfloat16. Many CPUs only
+emulate that: for the `tiny` model it is 20 times slower there.
 """
 import math
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices (rows, columns) alone; other parameters need another optimizer."""
+    """For matrices (rows, columns) only; other parameters need another optimizer."""
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -19,22 +19,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
-                state, momentum = self.state[matrix], group["momentum"]
-                average = state.setdefault("average", torch.zeros_like(matrix))
-                average.lerp_(matrix.grad, 1 - momentum)
-                update = orthogonalize(matrix.grad.lerp(average, momentum))  # Nesterov's momentum
-                size = 0.2 * math.sqrt(max(matrix.shape))  # entries are then about 0.2, as AdamW's
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update, alpha=group["lr"] * size)
+                buffer = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                buffer.lerp_(matrix.grad, 1 - momentum)
+                update = orthogonalize(matrix.grad.lerp(buffer, momentum))  # Nesterov's momentum
+
+                size = 0.2 * math.sqrt(max(matrix.shape))  # entries of about 0.2, like AdamW's
+                matrix.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * size)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the same, with singular values of about 1: five steps of Newton and
-    Schulz, each an odd polynomial of the singular values. It is a product with a polynomial of the
-    square `gram`, so only the smaller side counts."""
+    """(rows, columns) -> the same with all singular values near 1.
+
+    Each of five Newton-Schulz steps applies an odd polynomial to the singular values. The product
+    of the polynomials' factors is built from `gram` alone, so only the smaller side counts.
+    """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     x = matrix / matrix.norm().clamp(min=1e-7)

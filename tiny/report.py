@@ -1,100 +1,119 @@
-"""What a run shows: reconstructions that move, curves, and the table of its results.
+"""What a run shows: a moving reconstruction, loss curves, and the table of its results.
 
-    python -m tiny.report runs/A runs/B ...     one table of several runs: mean +- std
+    python -m tiny.report runs/A runs/B ...     one table of several runs, mean ± std
 """
 import json
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
-from torch import Tensor
+import torch.nn.functional as F
+from einops import rearrange, repeat
 
-from checkpoints import write_whole
-from videomae import VideoMAEForPreTraining, normalize, random_mask
+from checkpoints import write_atomic
+from videomae import VideoMAEForPreTraining, random_mask, reconstruct
 
-ROWS = {  # the start of a result's name in summary.json -> a row of the table, what it took
-    "scratch_full_time": ("from scratch", ["scratch_full_time"]),
-    "linear_probe": ("pretrained, linear probe", ["pretrain"]),
-    "finetune": ("pretrained, fine-tuned", ["pretrain", "finetune"]),
-    "majority": ("always the largest class", []),
+ROWS = {  # in results.json -> in the table, and what it took
+    "from scratch": ("from scratch", ["from scratch"]),
+    "linear probe": ("pretrained, linear probe", ["pretraining"]),
+    "fine-tuning": ("pretrained, fine-tuned", ["pretraining", "fine-tuning"]),
+    "majority class": ("majority class (chance)", []),
 }
 
 
-def draw_reconstruction(model: VideoMAEForPreTraining, clips, recipe, path: Path, count: int = 4):
-    """A moving GIF with a column for each of `count` held-out clips, always the same ones with the
-    same mask: original, masked, reconstruction."""
-    indices = torch.linspace(0, len(clips.labels) - 1, min(count, len(clips.labels))).long()
-    generator = torch.Generator().manual_seed(0)
-    mask = random_mask(recipe.mask, len(indices), model.config.grid, recipe.mask_ratio, generator)
-    frames = clips.load(indices, view=clips.num_views // 2)
-    device = next(model.parameters()).device
-    videos = model.eval().reconstruct(normalize(frames).to(device), mask.to(device))
-    videos = torch.stack(videos).float().clamp(0, 1).cpu()
-    zoom = max(1, 112 // frames.shape[-1])
-    videos = videos.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
-    text = f"Original, masked ({recipe.mask}, {recipe.mask_ratio}), reconstruction; held-out clips."
-    if model.config.norm_pix_loss:
-        text += " Reconstructed patches borrow mean and contrast from the original (norm_pix_loss)."
-    save_gif(rearrange(videos, "rows b t c h w -> t (rows h) (b w) c"), text, path)
+def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ratio: float,
+                        path: Path, count: int = 4):
+    """A moving GIF with a column for each of `count` clips, always the same ones with the same
+    mask: the clip, what is visible, the reconstruction."""
+    config, device = model.config, next(model.parameters()).device
+    indices = torch.linspace(0, len(clips.labels) - 1, count).long().unique().tolist()
+    views = [clips.test_views(i) for i in indices]
+    pixel_values = torch.stack([view[len(view) // 2] for view in views])  # (B, T, 3, H, W)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        masked = random_mask(mask, len(indices), config.grid, mask_ratio)  # (B, N)
+    videos = torch.stack(reconstruct(model.eval(), pixel_values.to(device), masked))
+
+    zoom = max(1, 112 // pixel_values.shape[-1])
+    videos = repeat(videos.float().clamp(0, 1).cpu(), "rows b t c h w -> rows b t (h zh) (w zw) c",
+                    zh=zoom, zw=zoom)
+    side = config.patch_size * zoom
+    masked = repeat(masked.unflatten(1, config.grid), "b t h w -> b (t pt) (h ph) (w pw)",
+                    pt=config.tubelet_size, ph=side, pw=side)
+    others = F.pad((~masked).float(), (1, 1, 1, 1), value=1.0)
+    is_edge = masked & (F.max_pool2d(others, kernel_size=3, stride=1) > 0)
+    videos[2][is_edge] = torch.tensor([1.0, 0.6, 0.1])  # orange
+
+    text = f"Held-out clips, {masked.float().mean():.0%} masked ({mask}). Outlined: predicted"
+    if config.norm_pix_loss:
+        text += ",\nwith mean and contrast taken from the clip (norm_pix_loss)"
+    pictures = rearrange(255 * videos, "rows b t h w c -> t (rows h) (b w) c").byte()
+    save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)
 
 
-def save_gif(pictures: Tensor, text: str, path: Path):
-    """pictures (T, H, W, 3) in [0, 1], with the text under each."""
+def save_gif(pictures: torch.Tensor, rows: list[str], text: str, path: Path):
+    """pictures (T, H, W, 3) uint8, with names of rows at the left and a text of two lines below."""
     from PIL import Image, ImageDraw
 
-    height, width = pictures.shape[1:3]
-    lines = textwrap.wrap(text, width // 6)  # a letter is 6 pixels wide, and a line 14 high
-    images = []
-    for picture in (255 * pictures).byte().numpy():
-        image = Image.new("RGB", (width, height + 14 * len(lines) + 4), "white")
-        image.paste(Image.fromarray(picture))
-        ImageDraw.Draw(image).text((2, height + 2), "\n".join(lines), fill="black")
+    (_, height, width, _), margin, images = pictures.shape, 90, []
+    for picture in pictures.numpy():
+        image = Image.new("RGB", (margin + width, height + 36), "white")
+        image.paste(Image.fromarray(picture), (margin, 0))
+        draw = ImageDraw.Draw(image)
+        for row, name in enumerate(rows):
+            draw.text((4, (row + 0.5) * height / len(rows) - 6), name, fill="black")
+        draw.text((margin, height + 2), text, fill="black")
         images.append(image)
-    options = dict(format="GIF", save_all=True, append_images=images[1:], duration=120, loop=0)
-    write_whole(path, lambda file: images[0].save(file, **options))
+    pause = [300] * (len(images) - 1) + [1500]  # milliseconds
+    write_atomic(path, lambda file: images[0].save(
+        file, "GIF", save_all=True, append_images=images[1:], duration=pause, loop=0))
 
 
-def draw_curves(metrics: list[dict], path: Path):
-    """The losses of each stage, smoothed."""
+def draw_curves(results: dict, path: Path):
+    """The losses in results.json, smoothed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=110, layout="tight")
     axis = figure.subplots()
-    for stage in dict.fromkeys(m["stage"] for m in metrics):
-        points = np.array([(m["step"], m["loss"]) for m in metrics if m["stage"] == stage])
-        parts = np.array_split(points, min(100, len(points)))
-        axis.plot(*np.transpose([part.mean(axis=0) for part in parts]), label=stage, linewidth=1)
-    axis.set(xlabel="step", ylabel="loss: pixels (pretrain) or classes")
+    for way, result in results.items():
+        if losses := result.get("losses"):
+            steps, parts = np.arange(len(losses)), min(100, len(losses))
+            x, y = ([part.mean() for part in np.array_split(z, parts)] for z in (steps, losses))
+            axis.plot(x, y, label=way, linewidth=1)
+    axis.set(xlabel="step", ylabel="loss")
     axis.legend(fontsize=7)
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    write_atomic(path, lambda file: figure.savefig(file, format="png"))
 
 
-def table(summaries: list[dict]) -> str:
-    """Markdown: a row for each way to train, mean +- std over the runs if there are several. The
-    seconds are those of one run, the whole pretraining included."""
-    first = summaries[0]
-    columns = ["top1"] if first["recipe"]["data"] == "synthetic" else ["top1", "balanced"]
-    names = [{"top1": "top-1, %", "balanced": "balanced, %"}[column] for column in columns]
-    labels, *others = {s["recipe"]["labels_per_class"] or "all" for s in summaries}
+def table(runs: list[dict]) -> str:
+    """What results.json files hold -> Markdown, a row for each way to train: mean ± std of the
+    runs; the mean of their seconds."""
+    columns = {"top1": "top-1, %", "mean_class": "mean class accuracy, %"}
+    if not runs[0]["recipe"]["data"]:
+        del columns["mean_class"]  # synthetic classes are of about one size
+    labels, *others = {run["recipe"]["labels_per_class"] for run in runs}
     if others:
         raise ValueError(f"runs: got {labels} and {others[0]} labels per class, expected the same")
-    lines = [[f"{labels} labels per class", *names, "seconds"], ["---"] * (len(names) + 2)]
-    for way, (name, stages) in ROWS.items():
-        if f"{way}_top1" in first:
-            cells = [mean_and_std([s[f"{way}_{column}"] for s in summaries]) for column in columns]
-            seconds = [np.mean([s["seconds"].get(stage, 0) for s in summaries]) for stage in stages]
-            lines.append([name, *cells, " + ".join(f"{x:.0f}" for x in seconds if x)])
+    title = f"{labels or 'all'} label{'s' * (labels != 1)} per class"
+
+    def values(way, key):
+        return [run["results"][way][key] for run in runs if key in run["results"].get(way, {})]
+
+    lines = [[title, *columns.values(), "seconds"], ["---"] * (len(columns) + 2)]
+    for way, (name, took) in ROWS.items():
+        if way in runs[0]["results"]:
+            seconds = [f"{np.mean(values(x, 'seconds')):.0f}" for x in took if values(x, "seconds")]
+            cells = [mean_and_std(values(way, column)) for column in columns]
+            lines.append([name, *cells, " + ".join(seconds)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_and_std(values: list[float]) -> str:
-    """12.3, or 12.3 +- 0.4 where there are several."""
-    std = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    """12.3, or 12.3 ± 0.4 for several."""
+    std = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{std}"
 
 
 if __name__ == "__main__":
-    print(table([json.loads(Path(run, "summary.json").read_text()) for run in sys.argv[1:]]))
+    print(table([json.loads(Path(run, "results.json").read_text()) for run in sys.argv[1:]]))

@@ -9,40 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videomae import VideoMAEConfig
+from videomae import VideoMAEConfig, preprocess
 
 # Opposites stand side by side: reversed in time, motion i becomes motion i ^ 1.
 MOTIONS = (
     "pan right", "pan left", "tilt down", "tilt up",
     "roll left", "roll right", "zoom in", "zoom out",
 )
-# Held-out clips have scenes of their own, the same for every seed of a run.
-HELD_OUT_SEEDS = {"test": 1_000_001, "val": 1_000_002}
+TEST_SEED = 1_000_001  # held-out clips, with scenes of their own
 
 
 class SyntheticClips:
     """`count` clips of a config's frames and size; the same arguments give the same clips."""
 
-    classes, num_views = MOTIONS, 1
+    classes = list(MOTIONS)
 
     def __init__(self, count: int, config: VideoMAEConfig, seed: int):
-        frames, size = config.num_frames, config.image_hw[0]
-        generator = torch.Generator().manual_seed(seed)
-        chunks = min(8, math.ceil(count / 64))
-        scenes = torch.cat([draw_scenes(64, 2 * size, generator) for _ in range(chunks)])
-        self.labels = torch.randint(len(MOTIONS), (count,), generator=generator)  # (count,)
-        self.clips = torch.cat([  # (count, T, 3, H, W) uint8
-            film(scenes, chunk, frames, size, generator) for chunk in self.labels.split(250)
-        ])
+        frames, (size, width) = config.num_frames, config.image_hw
+        if width != size or config.num_channels != 3:
+            raise ValueError(f"synthetic clips: got a model of {config.num_channels} channels and "
+                             f"{size} x {width} pixels, expected 3 and a square")
+        self.config = config
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drawings = min(8, math.ceil(count / 64))
+            scenes = torch.cat([draw_scenes(64, 2 * size) for _ in range(drawings)])
+            self.labels = torch.randint(len(MOTIONS), (count,))
+            films = [film(scenes, labels, frames, size) for labels in self.labels.split(250)]
+        self.clips = torch.cat(films)  # (count, T, 3, H, W) uint8
 
-    def load(self, indices: Tensor, random: Tensor | None = None, view: int = 0) -> Tensor:
-        """indices (B,) -> (B, T, 3, H, W) uint8. They are always seen in the same way."""
+    def train_clips(self, indices: Tensor) -> Tensor:
+        """indices (B,) -> (B, T, 3, H, W) uint8, as they are."""
         return self.clips[indices]
 
+    def test_views(self, index: int) -> Tensor:
+        """(1, T, 3, H, W), the only view of a clip."""
+        return preprocess(self.clips[index], self.config)[None]
 
-def uniform(low: float, high: float, shape, generator: torch.Generator) -> Tensor:
+
+def uniform(low: float, high: float, *shape: int) -> Tensor:
     """Random numbers between low and high."""
-    return low + (high - low) * torch.rand(shape, generator=generator)
+    return low + (high - low) * torch.rand(shape)
 
 
 class Painter:
@@ -52,15 +59,15 @@ class Painter:
     (count, size, size) is negative inside a shape.
     """
 
-    def __init__(self, count: int, size: int, generator: torch.Generator):
-        self.count, self.size, self.generator = count, size, generator
+    def __init__(self, count: int, size: int):
+        self.count, self.size = count, size
         self.x = torch.linspace(0, 1, size)
         self.y = self.x[:, None]
         self.pictures = torch.zeros(count, 3, size, size)
 
     def pick(self, low: float, high: float) -> Tensor:
         """(count, 1, 1), a number for each picture."""
-        return uniform(low, high, (self.count, 1, 1), self.generator)
+        return uniform(low, high, self.count, 1, 1)
 
     def colour(self, red: tuple, green: tuple, blue: tuple) -> Tensor:
         """(count, 3, 1, 1), from the ranges of three channels."""
@@ -88,9 +95,9 @@ class Painter:
 ANY, DARK, BRIGHT = (0.1, 1.0), (0.05, 0.3), (0.9, 1.0)
 
 
-def draw_scenes(count: int, size: int, generator: torch.Generator) -> Tensor:
+def draw_scenes(count: int, size: int) -> Tensor:
     """(count, 3, size, size) in [0, 1]: painted from the sky to what is near."""
-    p = Painter(count, size, generator)
+    p = Painter(count, size)
     p.pictures += p.colour((0.3, 0.7), (0.5, 0.85), (0.75, 1.0)) * (1 - 0.35 * p.y)
     radius = p.pick(0.03, 0.06)
     p.paint(p.ellipse(p.pick(0, 1), p.pick(0.08, 0.2), radius, radius),
@@ -153,7 +160,7 @@ def draw_person(p: Painter, x, y, height):
     p.paint(p.ellipse(x, y - 0.89 * height, 0.11 * height, 0.12 * height), skin)
 
 
-def camera_path(labels: Tensor, frames: int, size: int, generator: torch.Generator) -> Tensor:
+def camera_path(labels: Tensor, frames: int, size: int) -> Tensor:
     """labels (B,) of MOTIONS -> (B, T, H W, 2): where each pixel looks, as (x, y) in pixels from
     the middle of a scene. Displacement counts from the middle frame, so what is seen there does not
     depend on the label."""
@@ -163,36 +170,35 @@ def camera_path(labels: Tensor, frames: int, size: int, generator: torch.Generat
     # Per frame: pixels of shift, radians of rotation, log-scale of zoom, all of the picture. Only
     # the labelled one is not zero. y points down.
     direction = torch.tensor([math.pi, 0, -math.pi / 2, math.pi / 2] + [0] * 4)[labels]
-    direction = direction + uniform(-0.35, 0.35, count, generator)
+    direction = direction + uniform(-0.35, 0.35, count)
     velocity = torch.stack([direction.cos(), direction.sin()], dim=1)  # (B, 2)
-    velocity = velocity * (uniform(1.2, 3.0, count, generator) * (labels < 4))[:, None]
-    rotation = uniform(0.15, 0.33, count, generator) * ((labels == 4).int() - (labels == 5).int())
-    zoom = uniform(0.075, 0.15, count, generator) * ((labels == 6).int() - (labels == 7).int())
+    velocity = velocity * (uniform(1.2, 3.0, count) * (labels < 4))[:, None]
+    rotation = uniform(0.15, 0.33, count) * ((labels == 4).int() - (labels == 5).int())
+    zoom = uniform(0.075, 0.15, count) * ((labels == 6).int() - (labels == 7).int())
 
     # The motion undone, about a random centre. The random base scale makes it harder to tell a
     # zoom by how fine its first frame is.
     angle = -rotation[:, None] * time  # (B, T)
-    scale = torch.exp(uniform(-0.3, 0.3, (count, 1), generator) - zoom[:, None] * time)
+    scale = torch.exp(uniform(-0.3, 0.3, count, 1) - zoom[:, None] * time)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     matrix = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))  # (B, T, 2, 2)
     axis = torch.arange(size) - (size - 1) / 2
     pixels = torch.cartesian_prod(axis, axis).flip(-1)  # (H W, 2), each (x, y)
-    centre = uniform(-size / 4, size / 4, (count, 1, 1, 2), generator)
+    centre = uniform(-size / 4, size / 4, count, 1, 1, 2)
     look = torch.einsum("btij,bpj->btpi", matrix, pixels - centre[:, 0]) + centre
     return look - velocity[:, None, None] * time[:, None, None]
 
 
-def film(scenes: Tensor, labels: Tensor, frames: int, size: int,
-         generator: torch.Generator) -> Tensor:
+def film(scenes: Tensor, labels: Tensor, frames: int, size: int) -> Tensor:
     """One clip per label: a random scene, filmed by a camera that moves as labelled.
 
     scenes (count, 3, 2 size, 2 size) in [0, 1], labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
     """
-    count, look = len(labels), camera_path(labels, frames, size, generator)
-    anywhere = uniform(-1, 1, (count, 1, 1, 2), generator) * torch.tensor([size, size / 3])
+    count, look = len(labels), camera_path(labels, frames, size)
+    anywhere = uniform(-1, 1, count, 1, 1, 2) * torch.tensor([size, size / 3])
     look = look + anywhere  # (B, T, H W, 2)
 
-    chosen = scenes[torch.randint(len(scenes), (count,), generator=generator)]
+    chosen = scenes[torch.randint(len(scenes), (count,))]
     chosen = torch.cat([chosen.flip(2), chosen, chosen.flip(2)], dim=2)  # mirrored up and down,
     tiled = chosen.tile(1, 1, 1, 3)  # repeated to the sides: wide enough for the fastest zoom out
     clips = F.grid_sample(tiled, look * 2 / tiled.shape[-1], align_corners=False)

@@ -1,14 +1,14 @@
-"""Videos from a folder: found, split, decoded once into a cache, and sampled as clips.
+"""Videos decoded once into a cache and sampled as clips. tiny/folders.py says which videos.
 
-Wrong input raises a ValueError that names the option or the file.
+Memory does not grow with a video's length. Wrong input raises a ValueError that names the file.
 """
 import contextlib
 import hashlib
+import math
 import os
-import re
-from collections import defaultdict
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,231 +18,243 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import write_whole
-from tiny.augment import multi_scale_crop
-from videomae import VideoMAEConfig
-
-SUFFIXES = ".avi .mp4 .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
-
-# A file, whose folder is its class, and its side: "train", "test", or "" if its scene decides.
-Video = tuple[Path, str]
+from checkpoints import write_atomic
+from tiny import augment
+from tiny.folders import SUFFIXES, find_videos, split_videos
+from videomae import VideoMAEConfig, frame_indices, preprocess
 
 
-def load_videos(config: VideoMAEConfig, recipe) -> list["VideoClips"]:
-    """The videos of the recipe's folder, those to train on and those to test on."""
-    videos = find_videos(Path(recipe.data), recipe.split)
-    classes = sorted({file.parent.name for file, _ in videos})
+def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, views: int = 5,
+                flip: bool = True, cache="runs/.cache") -> tuple["VideoClips", "VideoClips"]:
+    """A folder of videos -> the clips to train on and those to test on, `fps` frames a second.
+
+    split: of UCF101's three. views: windows of a test video. flip: also mirror training clips."""
+    videos = find_videos(Path(folder), split)
+    names = {video.label for video in videos}
+    classes = sorted(names, key=lambda name: (len(name) * name.isdigit(), name))  # 2 before 10
     if len(classes) < 2:
-        raise ValueError(f"--data: got {classes or 'no video'} in {recipe.data}, expected the "
-                         f"videos of two classes or more, Class/*{{{','.join(SUFFIXES)}}}")
-    split_videos(videos, classes)  # what cannot be split is refused before hours of decoding
-    decoded = decode_all(sorted({file for file, _ in videos}), config.image_hw[0], recipe)
+        raise ValueError(f"{folder}: got {classes or 'no video'}, expected videos of two classes "
+                         f"or more, Class/*{{{','.join(SUFFIXES)}}}")
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels: got {config.num_channels}, expected 3 for videos")
+    split_videos(folder, videos, classes)  # refuse what cannot be split before hours of decoding
+    decoded = decode_all([video.file for video in videos], config.image_hw, fps, cache)
 
     # Split anew without the broken files: one of them could be all that a class has for testing.
     clips = []
-    for files in split_videos([video for video in videos if video[0] in decoded], classes):
-        labels = torch.tensor([classes.index(file.parent.name) for file in files])
-        clips.append(VideoClips(classes, [decoded[file] for file in files], labels, config, recipe))
-    return clips
+    readable = [video for video in videos if video.file in decoded]
+    for part in split_videos(folder, readable, classes):
+        labels = torch.tensor([classes.index(video.label) for video in part])
+        files = [decoded[video.file] for video in part]
+        clips.append(VideoClips(classes, labels, files, config, views, flip))
+    lengths = [len(np.load(path, mmap_mode="r")) for path in decoded.values()]
+    if short := sum(length < config.num_frames for length in lengths):
+        print(f"{short} of {len(lengths)} videos have fewer than {config.num_frames} frames at "
+              f"{fps:g} a second; their last frame is repeated")
+    return tuple(clips)
 
 
-def find_videos(folder: Path, split: int) -> list[Video]:
-    """The videos of a folder. The first of these layouts counts:
+# ---- Decoded ------------------------------------------------------------------------------------
 
-    1. Class/* and lists: train.csv and test.csv (or val.csv), as the authors have them, but the
-       folder says the class, and the number in a line does not
-    2. Class/* and UCF101's lists in ucfTrainTestlist/, of which `split` is followed
-    3. train/Class/* and test/Class/* (or val/Class/*)
-    4. Class/*
-    """
-    held_out = "test" if any((folder / f"test{end}").exists() for end in ("", ".csv")) else "val"
-    official = f"ucfTrainTestlist/{{}}list{split:02}.txt"
-    layouts = {  # what is there -> where the two sides are
-        "train.csv": ("train.csv", f"{held_out}.csv"),
-        "ucfTrainTestlist": (official.format("train"), official.format("test")),
-        held_out: ("train", held_out),
-    }
-    for name, (train, test) in layouts.items():
-        if (folder / name).exists():
-            sides = {"train": folder / train, "test": folder / test}
-            return [(file, side) for side in sides for file in videos_in(sides[side], folder)]
-    return [(file, "") for file in videos_in(folder, folder)]
+def decode_all(files: list[Path], image_hw, fps: float, cache) -> dict[Path, Path]:
+    """Videos -> {video: its decoded frames}, without those that cannot be decoded."""
+    def missing(file):
+        """Bytes that the cache still needs for a video."""
+        if cache_path(file, image_hw, fps, cache).exists():
+            return 0
+        times, (h, w) = scan(file, fps)
+        return 3 * len(times) * math.prod(cover(h, w, *image_hw))
 
-
-def videos_in(place: Path, folder: Path) -> list[Path]:
-    """Sorted: the files Class/* of a place or, where it is a list, those it names in `folder`."""
-    if place.suffix in (".csv", ".txt"):
-        # A line is a path, and perhaps a space and the number of the class.
-        names = re.findall(r"^(.+?)(?: \d+)? *$", place.read_text(), re.MULTILINE)
-        files = [folder / name for name in names]
-        return sorted(file for file in files if file.parent.is_dir())  # of the classes here
-    return [file for file in sorted(place.glob("*/*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    sizes = for_each(missing, files, "measuring")
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes.values()) / 1e9, shutil.disk_usage(cache).free / 1e9
+    if new := sum(size > 0 for size in sizes.values()):
+        print(f"decoding {new} of {len(files)} videos into {cache}/: about {needed:.2f} GB, "
+              f"{free:.1f} GB are free")
+    if needed > free:
+        raise ValueError(f"{cache}: {free:.1f} GB are free, expected {needed:.1f} GB for decoded "
+                         "frames; fewer videos or fewer frames a second need less")
+    return for_each(lambda file: decode(file, image_hw, fps, cache), list(sizes), "decoding")
 
 
-def split_videos(videos: list[Video], classes: list[str]) -> tuple[list[Path], list[Path]]:
-    """-> files to train on and files to test on. Without lists, every fifth scene of a class is for
-    testing. A scene is a UCF101 group, `_g07_` in the names, or else a single file."""
-    sides, scenes = {"train": [], "test": []}, defaultdict(dict)
-    for file, side in videos:
-        group = re.search(r"_g\d+_", file.name)
-        known = scenes[file.parent.name]
-        number = known.setdefault(group[0] if group else file.name, len(known))
-        sides[side or ("train" if number % 5 else "test")].append(file)
-    for side, files in sides.items():
-        if missing := set(classes) - {file.parent.name for file in files}:
-            raise ValueError(f"--data: no {side} video of class {', '.join(sorted(missing))} that "
-                             "can be read, expected one at least (a class needs two scenes)")
-    return sides["train"], sides["test"]
-
-
-def decode_all(files: list[Path], short_side: int, recipe) -> dict[Path, Path]:
-    """Every readable file -> {file: its decoded frames}. Broken ones are named and left out."""
-    seconds = [duration(file) for file in files]
-    used = sum(min(x, 60 * recipe.max_minutes) for x in seconds)
-    gigabytes = 4 * short_side**2 * used * recipe.fps / 1e9  # 3 bytes a pixel, if they are 4:3
-    print(f"cache: {recipe.cache}/, about {gigabytes:.2f} GB for {used / 60:.1f} of "
-          f"{sum(seconds) / 60:.1f} minutes of video, the first {recipe.max_minutes:g} of each")
-    if gigabytes > recipe.cache_gb:
-        raise ValueError(f"--cache-gb: got {recipe.cache_gb}, but {gigabytes:.1f} GB of frames are "
-                         "expected; fewer videos, --fps or --max-minutes make it less")
-
+def for_each(function, files: list[Path], text: str) -> dict:
+    """-> {file: function(file)}, computed in threads. A file that cannot be read is reported."""
     def attempt(file):
         try:
-            return file, decode(file, short_side, recipe)
+            return file, function(file)
         except (ValueError, FileNotFoundError) as error:
-            print(f"left out: {error}")
+            print(f"skipped: {error}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = tqdm(pool.map(attempt, files), "decoding", len(files), leave=False, disable=None)
-        return dict(filter(None, done))
+        results = tqdm(pool.map(attempt, files), text, len(files), leave=False, disable=None)
+        return dict(filter(None, results))
 
 
-def decode(file: Path, short_side: int, recipe) -> Path:
-    """A video -> a .npy file of its frames, (frames, H, W, 3) uint8 with min(H, W) = short_side, as
-    many a second as the recipe says. It is decoded once: the cache knows its path, size and time.
-    """
+def cache_path(file: Path, image_hw, fps: float, cache) -> Path:
+    """Where a video's decoded frames are kept, until the video changes."""
     stat = file.stat()
-    key = file.resolve(), stat.st_size, stat.st_mtime_ns, short_side, recipe.fps, recipe.max_minutes
-    name = hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
-    cached = Path(recipe.cache, f"{name}.npy")
+    key = repr((file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, fps))
+    return Path(cache, hashlib.blake2b(key.encode(), digest_size=12).hexdigest() + ".npy")
 
+
+def decode(file: Path, image_hw, fps: float, cache="runs/.cache") -> Path:
+    """A video -> a .npy file of its frames, (frames, H, W, 3) uint8, `fps` a second, which just
+    cover image_hw. A video is decoded once."""
     def write(out):
-        frames = read_frames(file, short_side, recipe.fps)
-        first = next(frames, None)
+        frames = read_frames(file, image_hw, scan(file, fps)[0])
+        first, count = next(frames, None), 0
         if first is None:
-            raise ValueError(f"{file}: cannot be decoded, expected a video")
-        # The number of frames is known at the end: numpy leaves room for it in the header.
+            raise ValueError(f"{file}: no frame can be decoded")
+        # How many frames there are is known at the end. numpy leaves room for it in the header.
         header = dict(descr="|u1", fortran_order=False, shape=(0, *first.shape))
         np.lib.format.write_array_header_1_0(out, header)
-        frames = islice(chain([first], frames), round(60 * recipe.max_minutes * recipe.fps))
-        for count, frame in enumerate(frames, start=1):
+        for frame in chain([first], frames):
             out.write(frame)
-            header["shape"] = count, *first.shape
+            count += 1
         out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header)
+        np.lib.format.write_array_header_1_0(out, header | dict(shape=(count, *first.shape)))
 
-    if not cached.exists():
-        write_whole(cached, write)
-    return cached
-
-
-def read_frames(file: Path, short_side: int, fps: float, start: float = 0.0):
-    """Yield the frames on screen `start`, start + 1 / fps, ... seconds into a video, each (H, W, 3)
-    uint8; a truncated file yields what can be decoded."""
-    reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
-    with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
-        stream = container.streams.video[0]
-        if stream.codec_context is None:  # an unknown codec: decoding would crash
-            return
-        rate, origin = float(stream.average_rate or 25), (stream.start_time or 0) * stream.time_base
-        if start:
-            container.seek(int((start + origin) * av.time_base))  # to a key frame before it
-        wanted, size = start, None
-        for number, frame in enumerate(container.decode(stream)):
-            time = number / rate if frame.time is None else float(frame.time - origin)
-            if time + 0.5 / rate < wanted:
-                continue
-            if size is None:
-                sides = frame.width, frame.height
-                size = [max(short_side, round(short_side * x / min(sides))) for x in sides]
-            pixels = reformatter.reformat(frame, *size, "rgb24").to_ndarray()
-            # A phone held upright stores lying frames, and by how many degrees to turn them.
-            pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-            wanted = max(wanted, time - 1)  # a jump in time is not filled
-            while wanted <= time + 0.5 / rate:
-                yield pixels
-                wanted += 1 / fps
+    path = cache_path(file, image_hw, fps, cache)
+    if not path.exists():
+        write_atomic(path, write)
+    return path
 
 
+@contextlib.contextmanager
 def open_video(file: Path):
-    """PyAV's container. Texts in it, such as titles, are not used and may be damaged."""
-    return av.open(str(file), metadata_errors="ignore")
+    """-> PyAV's container, its video stream, and frames a second, of which headers may say any."""
+    if not os.path.exists(file):
+        raise ValueError(f"{file}: no such file")
+    try:
+        with av.open(str(file), metadata_errors="ignore") as container:  # titles may be damaged
+            streams = [stream for stream in container.streams.video if stream.codec_context]
+            if not streams:
+                raise ValueError(f"{file}: got no video that can be decoded")
+            yield container, streams[0], max(1.0, float(streams[0].average_rate or 25))
+    except av.FFmpegError as error:
+        raise ValueError(f"{file}: cannot be decoded ({error.strerror})") from error
 
 
-def duration(file: Path) -> float:
-    """Seconds; 0 for what is no video."""
-    with contextlib.suppress(av.FFmpegError, IndexError), open_video(file) as container:
-        if container.duration:
-            return container.duration / av.time_base
-        packets = container.demux(container.streams.video[0])  # a recorder did not write it down
-        return max((float(p.pts * p.time_base) for p in packets if p.pts is not None), default=0.0)
-    return 0.0
+def packets_of(container, stream):
+    """The packets of a stream, up to where the file is cut off."""
+    with contextlib.suppress(av.FFmpegError):
+        yield from container.demux(stream)
 
 
+def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
+    """Find, without decoding, the times in a file, in seconds, that give `fps` frames a second, and
+    the frames' (H, W). The first need not be 0. Over a second without frames is skipped."""
+    with open_video(file) as (container, stream, rate):
+        stamps = [packet.dts if packet.pts is None else packet.pts
+                  for packet in packets_of(container, stream) if packet.size]
+        unit, size = float(stream.time_base), (stream.height, stream.width)
+    if not stamps:
+        raise ValueError(f"{file}: got no frames")
+    times = np.sort([i / rate if x is None else x * unit for i, x in enumerate(stamps)])
+    steps = np.diff(times, prepend=times[:1])
+    elapsed = np.where(steps > 1, 1 / rate, steps).cumsum()
+    count = int((elapsed[-1] + 0.5 / rate) * fps) + 1
+    return np.interp(np.arange(count) / fps, elapsed, times), size
+
+
+def cover(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+    """The size of a frame (h, w) when it is scaled to just cover (height, width)."""
+    scale = max(height / h, width / w)
+    return max(height, round(scale * h)), max(width, round(scale * w))
+
+
+def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
+    """Yield the frame on screen at each of the times, (H, W, 3) uint8, all of one size.
+
+    seek: decode from the key frame before the first time on, not from the beginning."""
+    reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
+    done, size = 0, None
+    for first, last, frame in decoded_frames(file, times[0] if seek else None):
+        done = max(done, np.searchsorted(times, first))
+        count = np.searchsorted(times, last, side="right") - done
+        if count <= 0:
+            continue
+        if size is None:
+            # A phone held upright stores lying frames, and by how many degrees to turn them.
+            turns = round(frame.rotation / 90)
+            size = cover(frame.height, frame.width, *image_hw[:: -1 if turns % 2 else 1])
+        pixels = reformatter.reformat(frame, size[1], size[0], "rgb24").to_ndarray()
+        yield from count * [np.ascontiguousarray(np.rot90(pixels, turns))]
+        done += count
+
+
+def decoded_frames(file: Path, start: float | None = None):
+    """Yield (first, last, frame): PyAV's frames, from the key frame before `start` on, and the
+    times that each may stand for. Damaged packets are skipped and reported."""
+    packets = frames = damaged = 0
+    with open_video(file) as (container, stream, rate):
+        if start is not None:
+            with contextlib.suppress(av.FFmpegError):  # no index: read from the beginning
+                container.seek(int(start * av.time_base))
+        try:
+            for packet in packets_of(container, stream):
+                packets += packet.size > 0
+                try:
+                    decoded = packet.decode()
+                except av.FFmpegError:
+                    damaged += 1
+                    continue
+                for frame in decoded:
+                    time = frames / rate if frame.time is None else frame.time
+                    frames += 1
+                    yield time - 1, time + 0.5 / rate, frame
+        finally:
+            if damaged:
+                read = f", {frames} of {packets} frames read" if start is None else ""
+                print(f"{file}: {damaged} packet{'s' * (damaged > 1)} damaged{read}")
+
+
+# ---- Sampled ------------------------------------------------------------------------------------
+
+@dataclass
 class VideoClips:
-    """Clips of a config's frames and size, from decoded videos (.npy files)."""
+    """Clips of decoded videos, a data set as tiny/__init__.py describes it."""
 
-    def __init__(self, classes: list[str], videos: list[Path], labels: Tensor,
-                 config: VideoMAEConfig, recipe):
-        self.classes, self.videos, self.labels = classes, videos, labels
-        self.size, self.num_frames = config.image_hw[0], config.num_frames
-        self.views, self.crops = recipe.views, recipe.crops
-        self.num_views = recipe.views * recipe.crops
+    classes: list[str]
+    labels: Tensor  # (videos,) int64
+    videos: list[Path]  # .npy files
+    config: VideoMAEConfig
+    views: int = 5
+    flip: bool = True
 
-    def load(self, indices: Tensor, random: Tensor | None = None, view: int = 0) -> Tensor:
-        """indices (B,) -> (B, T, 3, H, W) uint8.
+    def train_clips(self, indices: Tensor) -> Tensor:
+        """(B,) -> (B, T, 3, H, W) uint8: a random window, cropped and mirrored at random."""
+        windows = [self.window(index, torch.rand(()).item()) for index in indices.tolist()]
+        clips = [augment.multi_scale_crop(frames, *self.config.image_hw) for frames in windows]
+        return torch.stack([augment.flip(clip) if self.flip else clip for clip in clips])
 
-        random (B, 4), in [0, 1]: the scale, top, left and start time of a crop, for training.
-        None: one of the views for testing, the whole shorter side at `views` times and at `crops`
-        places along the longer side.
-        """
-        if random is None:
-            time, place = divmod(view, self.crops)
-            place = place / (self.crops - 1) if self.crops > 1 else 0.5
-            crops = [(0.0, place, place, (time + 0.5) / self.views)] * len(indices)
-        else:
-            crops = random.tolist()
-        clips = [multi_scale_crop(self.window(self.videos[index], time), self.size, crop)
-                 for index, (*crop, time) in zip(indices.tolist(), crops, strict=True)]
-        return torch.stack(clips)
+    def test_views(self, index: int) -> Tensor:
+        """-> (V, T, 3, H, W) pixel_values, spread evenly over the video."""
+        starts = (np.arange(self.views) + 0.5) / self.views  # 0.1, 0.3, 0.5, 0.7, 0.9
+        windows = [self.window(index, start) for start in starts]
+        return torch.stack([preprocess(frames, self.config) for frames in windows])
 
-    def window(self, video: Path, time: float) -> Tensor:
-        """-> (T, 3, H, W). time is from 0, the first possible start, to 1, the last."""
-        frames = np.load(video, mmap_mode="r")  # only what is used is read
-        start = round(time * max(0, len(frames) - self.num_frames))
-        return hold_last(frames[start : start + self.num_frames], self.num_frames)
+    def window(self, index: int, start: float) -> Tensor:
+        """-> (T, 3, H, W) uint8; start: from 0, the earliest window, to 1, the latest."""
+        frames = np.load(self.videos[index], mmap_mode="r")  # only the window is read
+        chosen = frame_indices(len(frames), self.config.num_frames, stride=1, start=start)
+        return torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2)
 
 
-class LongVideo(VideoClips):
-    """One video to classify, of any length: only its windows are decoded."""
+def read_views(file: Path, config: VideoMAEConfig, fps: float, views: int = 5) -> Tensor:
+    """A video of any length -> (V, T, 3, H, W) pixel_values, those of VideoClips.test_views, but
+    only what they show is decoded. A view that cannot be decoded is skipped."""
+    def decoded(wanted, seek):
+        frames = read_frames(file, config.image_hw, wanted, seek)
+        return list(islice(frames, config.num_frames))
 
-    def __init__(self, file: Path, config: VideoMAEConfig, recipe):
-        super().__init__([""], [file], torch.zeros(1, dtype=torch.int64), config, recipe)
-        self.fps, self.seconds = recipe.fps, duration(file)
-        self.window = cache(self.window)  # its crops share it
-
-    def window(self, video: Path, time: float) -> Tensor:
-        """-> (T, 3, H, W), likewise."""
-        start = time * max(0.0, self.seconds - self.num_frames / self.fps)
-        for second in (start, 0.0):  # a truncated video is shorter than it says
-            frames = read_frames(video, self.size, self.fps, second)
-            if frames := list(islice(frames, self.num_frames)):
-                return hold_last(frames, self.num_frames)
-        raise ValueError(f"{video}: cannot be decoded, expected a video")
-
-
-def hold_last(frames, count: int) -> Tensor:
-    """Frames (H, W, 3) -> (count, 3, H, W); the last is held where they are too few."""
-    index = np.minimum(np.arange(count), len(frames) - 1)
-    return torch.from_numpy(np.stack(frames)[index]).permute(0, 3, 1, 2)
+    times, clips = scan(file, fps)[0], []
+    for start in (np.arange(views) + 0.5) / views:
+        wanted = times[frame_indices(len(times), config.num_frames, 1, start).numpy()]
+        # Some damaged files can only be read from their beginning.
+        if frames := decoded(wanted, seek=True) or decoded(wanted, seek=False):
+            chosen = frame_indices(len(frames), config.num_frames, stride=1)
+            clips.append(preprocess([frames[i] for i in chosen], config))
+    if not clips:
+        raise ValueError(f"{file}: no frame can be decoded")
+    return torch.stack(clips)

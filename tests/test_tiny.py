@@ -1,0 +1,242 @@
+"""tiny/: synthetic clips, colours, evaluation, tables and pictures; test_videos.py has the rest."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny import report
+from tiny.augment import colour_jitter
+from tiny.evaluate import accuracies, choose_labelled, features, linear_probe, probabilities
+from tiny.synthetic import MOTIONS, SyntheticClips, draw_scenes, film
+from videomae import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+    normalize,
+)
+
+TINY = VideoMAEConfig.preset("tiny")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Synthetic clips: the label is the motion, and no single frame gives it away
+
+
+def test_the_same_seed_gives_the_same_clips_and_draws_from_nobody():
+    before = torch.get_rng_state()
+    clips, again, others = (SyntheticClips(20, TINY, seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(clips.clips, again.clips) and torch.equal(clips.labels, again.labels)
+    assert not torch.equal(clips.clips, others.clips)
+    index = torch.tensor([3, 0])
+    assert torch.equal(clips.train_clips(index), clips.clips[index])
+    assert torch.equal(clips.test_views(3), normalize(clips.clips[3:4]))
+    for wrong in (dict(image_size=(32, 40)), dict(num_channels=1)):
+        with pytest.raises(ValueError, match="synthetic clips: got .* expected 3 and a square"):
+            SyntheticClips(20, VideoMAEConfig.preset("tiny", **wrong), 0)
+
+
+def test_the_middle_frame_does_not_depend_on_the_label():
+    """The same draws with another label: the middle frame is the same to the last bit."""
+    def clips(label):
+        torch.manual_seed(1)
+        return film(scenes, torch.full((64,), label), 8, 32)
+
+    scenes = draw_scenes(8, 64)
+    clips = torch.stack([clips(label) for label in range(len(MOTIONS))])  # (8, 64, T, 3, H, W)
+    assert (clips[:, :, 4] == clips[:1, :, 4]).all()
+    for frame in (0, 1, 2, 3, 5, 6, 7):
+        assert all((clips[i, :, frame] != clips[j, :, frame]).any()
+                   for i in range(8) for j in range(i))
+
+
+def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
+    """The best cue in one frame is how fine it is. Learned on other clips, it says nothing of the
+    middle frame, and of the first less than which way each zoom goes (2 of 8 classes more)."""
+    train_clips, test_clips = (SyntheticClips(3000, TINY, seed) for seed in (11, 12))
+
+    def fineness(clips, frame):
+        return clips.clips[:, frame].float().diff(dim=-1).square().mean(dim=(1, 2, 3))
+
+    def top1(frame):
+        fine, test_fine = fineness(train_clips, frame), fineness(test_clips, frame)
+        edges = fine.quantile(torch.linspace(0, 1, 21)[1:-1])  # 20 bins, each with its usual label
+        counts = torch.zeros(20, len(MOTIONS))
+        bins = torch.bucketize(fine, edges), train_clips.labels
+        counts.index_put_(bins, torch.ones(3000), accumulate=True)
+        predictions = counts.argmax(dim=1)[torch.bucketize(test_fine, edges)]
+        return (predictions == test_clips.labels).float().mean().item()
+
+    assert top1(4) < 0.155 and top1(0) < 0.30  # chance is 0.125
+
+
+def motion_by_optical_flow(clips):
+    """(B, T, C, 32, 32) uint8 -> (B,) MOTIONS index: least squares of I_t + u . grad I = 0, where
+    u = shift + rotation * (-y, x) + zoom * (x, y)."""
+    video = clips.float()
+    average = (video[:, 1:] + video[:, :-1]) / 2
+    dt = (video[:, 1:] - video[:, :-1])[..., 1:-1, 1:-1]
+    dx = (average[..., 1:-1, 2:] - average[..., 1:-1, :-2]) / 2
+    dy = (average[..., 2:, 1:-1] - average[..., :-2, 1:-1]) / 2
+    y, x = torch.meshgrid(torch.arange(30) - 14.5, torch.arange(30) - 14.5, indexing="ij")
+    # Turning about another centre is the same turn and a shift, so the shift is free here.
+    columns = torch.stack([dx, dy, dy * x - dx * y, dx * x + dy * y], dim=-1)
+    dt = -dt.flatten(1)[..., None]
+    solution = torch.linalg.lstsq(columns.flatten(1, -2), dt).solution[..., 0]
+    shift_x, shift_y, rotation, zoom = solution.unbind(dim=1)
+    zoom = 2.2 * zoom  # zooms are half as fast as turns
+    turning = torch.stack([rotation, -rotation, zoom, -zoom], dim=1)
+    straight = torch.stack([-shift_x, shift_x, -shift_y, shift_y], dim=1)
+    strongest, turn = turning.max(dim=1)
+    return torch.where(strongest > 0.1, 4 + turn, straight.argmax(dim=1))
+
+
+def test_motion_gives_the_label_and_reversed_clips_have_the_opposite_one():
+    clips = SyntheticClips(500, TINY, seed=3)
+    right = motion_by_optical_flow(clips.clips) == clips.labels
+    reversed_right = motion_by_optical_flow(clips.clips.flip(1)) == clips.labels ^ 1
+    assert right.float().mean() > 0.7 and reversed_right.float().mean() > 0.7
+
+
+# --------------------------------------------------------------------------------------------------
+# Colours and evaluation
+
+
+def test_colour_jitter_changes_colours_and_nothing_else():
+    clip, signs = torch.randn(64, 2, 3, 8, 8), set()
+    jittered = colour_jitter(clip)
+    for before, after in zip(clip, jittered, strict=True):
+        # Each channel is a straight function of one channel before, alike in time.
+        channels = torch.cat([before, after], dim=1).transpose(0, 1).flatten(1)  # (6, T H W)
+        correlation = channels.corrcoef()[3:, :3]
+        is_source = correlation.abs() > 0.9999
+        assert is_source.sum() == 3
+        signs.add(tuple(correlation[is_source].sign().tolist()))
+    assert len(signs) == 8, "each channel is negated or not, whatever the others are"
+    assert jittered.std(dim=(1, 3, 4)).std(dim=1).min() > 0.005, "and has its own contrast"
+
+
+class TwoViews:
+    """A data set by the protocol in tiny/__init__.py: noise whose mean is the label."""
+
+    classes = ["dark", "bright", "blinding"]
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 0, 1, 2, 2, 2])
+
+    def test_views(self, index):
+        torch.manual_seed(index)
+        return torch.randn(2, 8, 3, 32, 32) + self.labels[index]
+
+
+def test_predictions_and_features_are_means_over_views():
+    clips, everything = TwoViews(), torch.arange(11)
+    config = VideoMAEConfig.preset("tiny", num_labels=3, drop_path_rate=0.5, use_mean_pooling=True)
+    classifier, encoder = VideoMAEForVideoClassification(config), VideoMAEModel(config)
+    shares, tokens = probabilities(classifier, clips), features(encoder, clips, everything)
+    with torch.no_grad():
+        for i in everything.tolist():
+            views = clips.test_views(i)
+            expected = classifier(views).logits.softmax(dim=1).mean(dim=0)
+            torch.testing.assert_close(shares[i], expected)
+            expected = encoder(views).last_hidden_state.mean(dim=(0, 1))
+            torch.testing.assert_close(tokens[i], expected)
+    predictions = linear_probe(encoder, clips, everything[:6], clips)
+    assert torch.equal(predictions, clips.labels)
+
+
+def test_accuracies_and_labels():
+    predictions, labels = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 2])
+    assert accuracies(predictions, labels) == dict(top1=75.0, mean_class=50.0)
+    labels = torch.arange(30) % 3
+    for seed in (0, 1):
+        chosen = choose_labelled(labels, 4, seed)
+        assert len(set(chosen.tolist())) == 12 and labels[chosen].bincount().tolist() == [4, 4, 4]
+    assert set(chosen.tolist()) != set(choose_labelled(labels, 4, 0).tolist())
+    assert torch.equal(choose_labelled(labels, 0, 0), torch.arange(30))
+    with pytest.raises(ValueError, match="labels_per_class: got 11, but a class has only 10"):
+        choose_labelled(labels, 11, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and tables
+
+
+def test_the_table_has_a_row_for_each_way_and_a_spread_for_several_runs():
+    def run(data, plus=0.0):
+        return dict(recipe=dict(data=data, labels_per_class=2), results={
+            "pretraining": dict(seconds=100.0),
+            "linear probe": dict(top1=40.0, mean_class=10.0),
+            "fine-tuning": dict(top1=60.0 + plus, mean_class=50.0, seconds=10 + plus),
+            "from scratch": dict(top1=30.0, mean_class=20.0, seconds=110.0),
+            "majority class": dict(top1=25.0, mean_class=20.0),
+        })
+
+    assert report.table([run("")]).splitlines() == [
+        "| 2 labels per class | top-1, % | seconds |",
+        "| --- | --- | --- |",
+        "| from scratch | 30.0 | 110 |",
+        "| pretrained, linear probe | 40.0 | 100 |",
+        "| pretrained, fine-tuned | 60.0 | 100 + 10 |",
+        "| majority class (chance) | 25.0 |  |",
+    ]
+    runs = [run("folder"), run("folder", plus=2.0)]
+    for each in runs:  # as with --init and --scratch-steps 0
+        del each["results"]["from scratch"], each["results"]["pretraining"]
+    assert report.table(runs).splitlines() == [
+        "| 2 labels per class | top-1, % | mean class accuracy, % | seconds |",
+        "| --- | --- | --- | --- |",
+        "| pretrained, linear probe | 40.0 ± 0.0 | 10.0 ± 0.0 |  |",
+        "| pretrained, fine-tuned | 61.0 ± 1.4 | 50.0 ± 0.0 | 11 |",
+        "| majority class (chance) | 25.0 ± 0.0 | 20.0 ± 0.0 |  |",
+    ]
+    runs[1]["recipe"]["labels_per_class"] = 5
+    with pytest.raises(ValueError, match="labels per class, expected the same"):
+        report.table(runs)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_the_picture_shows_what_is_predicted_and_says_what_is_borrowed(
+    norm_pix_loss, tmp_path, monkeypatch
+):
+    saved, save_gif = [], report.save_gif
+
+    def save_and_listen(*arguments):
+        saved.extend(arguments)
+        save_gif(*arguments)
+
+    monkeypatch.setattr(report, "save_gif", save_and_listen)
+    config = VideoMAEConfig.preset("tiny", norm_pix_loss=norm_pix_loss)
+    clips = SyntheticClips(6, TINY, seed=1)
+    report.draw_reconstruction(VideoMAEForPreTraining(config), clips, "tube", 0.9,
+                               tmp_path / "moving.gif")
+    pictures, rows, text, _ = saved
+    assert "88% masked (tube)" in text, "14 of 16 positions, not 90 %"
+    assert ("taken from the clip" in text) == norm_pix_loss
+    assert rows == ["clip", "visible", "reconstruction"]
+
+    clip, visible, filled = pictures.unflatten(1, (3, -1)).unbind(dim=1)  # each (T, H, 4 W, 3)
+    is_grey = (visible == 127).all(dim=-1)
+    is_outlined = (filled == torch.tensor([255, 153, 25])).all(dim=-1)
+    assert is_grey.float().mean() == 0.875
+    assert (clip == visible)[~is_grey].all() and (clip == filled)[~is_grey].all()
+    assert not (is_outlined & ~is_grey).any() and 0.02 < is_outlined.float().mean() < 0.2
+    assert (clip == filled).all(dim=-1)[is_grey].float().mean() < 0.5
+
+    image, pauses = Image.open(tmp_path / "moving.gif"), []
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        pauses.append(image.info["duration"])
+    assert pauses == [300] * 7 + [1500]
+
+
+def test_curves_are_drawn(tmp_path):
+    losses = (1 / np.arange(1, 151)).tolist()
+    results = {"pretraining": dict(losses=losses), "linear probe": dict(top1=1.0),
+               "fine-tuning": dict(losses=losses[:30])}
+    report.draw_curves(results, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 300
