@@ -190,10 +190,11 @@ def write_atomic(path: Path, write):
 
 
 def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
-    """Write files that must not exist yet."""
-    for name in contents:
-        if (Path(directory) / name).exists():
-            raise ValueError(f"directory: {Path(directory) / name} exists already")
+    """Write files that must not exist yet, unless with the same content."""
+    for name, content in contents.items():
+        path = Path(directory) / name
+        if path.exists() and path.read_bytes() != content:
+            raise ValueError(f"directory: {path} exists already, with other content")
     for name, content in contents.items():
         write_atomic(Path(directory) / name, lambda file, content=content: file.write(content))
 
@@ -260,13 +261,16 @@ def fits(value, kind) -> bool:
 PUBLISHED_SIZE = dict(num_frames=16, image_size=224)
 
 
+def config_fields(config: videomae.VideoMAEConfig) -> dict:
+    """Without what others, such as transformers' Trainer, have set on it."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
 def config_to_json(config: videomae.VideoMAEConfig) -> dict:
     """For a config.json that every transformers reads."""
-    values = dict(vars(config))
-    labels = config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)}
+    values = config_fields(config)
     del values["num_labels"]  # as in transformers, the number of names says it
-    values |= dict(model_type="videomae", qkv_bias=values.pop("qv_bias"), id2label=labels,
-                   label2id={label: i for i, label in labels.items()})
+    values |= dict(model_type="videomae", qkv_bias=values.pop("qv_bias"), label2id=config.label2id)
     return values.pop("extra") | values
 
 
@@ -350,7 +354,8 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
     if config:  # a position_grid of None is only its default
-        given = {name: x for name, x in vars(config).items() if name != "position_grid" or x}
+        given = config_fields(config)
+        given = {name: x for name, x in given.items() if name != "position_grid" or x}
         options = given | options
     overrides, hub = sort_options(videomae.VideoMAEConfig, options)
     replaced = ("classifier.",) if "num_labels" in overrides else ()

@@ -59,6 +59,9 @@ class VideoMAEImageProcessor:
         self.size = read_size("size", self.size, {"shortest_edge"})
         self.crop_size = read_size("crop_size", self.crop_size, {"height", "width"})
         check_choice("resample", self.resample, range(6))
+        self.extra.pop("image_processor_type", None)
+        self.image_mean, self.image_std = (list(x) if isinstance(x, tuple) else x
+                                           for x in (self.image_mean, self.image_std))
         mean, std = self.image_mean, self.image_std
         if 0 in np.ravel(std) or np.ndim(mean) and np.ndim(std) and len(mean) != len(std):
             raise ValueError(f"image_std: got {std} for image_mean {mean}")

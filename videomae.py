@@ -76,7 +76,7 @@ class VideoMAEConfig:
     norm_pix_loss: bool = True  # normalize target patches; see VideoMAEForPreTraining.target
     use_mean_pooling: bool = True  # False to pretrain; see the table in VideoMAEEncoder
     num_labels: int | None = None  # len(id2label) by default, or 2
-    id2label: dict[int, str] | None = None
+    id2label: dict[int, str] | None = None  # LABEL_0, LABEL_1, ... by default
 
     # Details that a first reading can skip:
     hidden_act: str | Callable = "gelu"  # a name in ACTIVATIONS, or a function of a tensor
@@ -125,7 +125,11 @@ class VideoMAEConfig:
     @property
     def label2id(self) -> dict[str, int]:
         """The inverse of id2label."""
-        return {name: i for i, name in (self.id2label or {}).items()}
+        return {name: i for i, name in self.id2label.items()}
+
+    def to_dict(self) -> dict:
+        """What save_pretrained writes to config.json."""
+        return import_checkpoints().config_to_json(self)
 
 
 class VideoMAEPreTrainedModel(nn.Module):
@@ -607,12 +611,14 @@ def check_config(config: VideoMAEConfig):
     if config.norm_pix_loss and config.tubelet_size * config.patch_size**2 == 1:
         raise ValueError("norm_pix_loss: got True, expected False for patches of a single pixel")
 
-    if isinstance(config.id2label, list):
-        config.id2label = dict(enumerate(config.id2label))
-    num_names = len(config.id2label or ()) or config.num_labels or 2
-    config.num_labels = config.num_labels or num_names
-    if config.num_labels != num_names:
-        raise ValueError(f"num_labels: got {config.num_labels}, but id2label has {num_names} names")
+    names = config.id2label or {}
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    config.num_labels = config.num_labels or len(names) or 2
+    if all(name == f"LABEL_{i}" for i, name in names.items()):  # default names, or none
+        names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
+    if len(names) != config.num_labels:
+        raise ValueError(f"num_labels: got {config.num_labels}, but id2label has {len(names)}")
+    config.id2label = names
 
 
 def check_frames(frames, config: VideoMAEConfig) -> Tensor:
@@ -672,7 +678,8 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
                          f"{kind} of shape ({len(logits)},)")
     if is_regression:
         return F.mse_loss(logits[:, 0], labels.flatten())
-    if labels.device.type == "cpu" and labels.max() >= logits.shape[1]:  # would synchronize a GPU
+    is_readable = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_readable and labels.max() >= logits.shape[1]:  # a GPU would have to synchronize
         raise ValueError(f"labels: got {labels.max()}, expected less than {logits.shape[1]}")
     return F.cross_entropy(logits, labels.flatten().long())
 
@@ -730,7 +737,7 @@ class Look:
         self.hidden_states, self.attentions = [], []
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if getattr(self, name) is None:  # then the config decides, as in transformers
-                setattr(self, name, self.config.extra.get(name))
+                setattr(self, name, getattr(self.config, name, self.config.extra.get(name)))
         shape = self.config.num_hidden_layers, self.config.num_attention_heads
         if self.head_mask is not None and self.head_mask.shape not in (shape[1:], shape):
             raise ValueError(f"head_mask: got shape {tuple(self.head_mask.shape)}, expected "

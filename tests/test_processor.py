@@ -1,6 +1,7 @@
 """processor.py: the same pixels as transformers' processor, from every kind of video."""
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,8 +217,9 @@ def test_processor_is_saved_and_loaded(tmp_path):
     processor.save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "preprocessor_config.json"):
         assert VideoMAEImageProcessor.from_pretrained(path) == processor
+    processor.save_pretrained(tmp_path)  # the same content again
     with pytest.raises(ValueError, match="preprocessor_config.json exists already"):
-        processor.save_pretrained(tmp_path)
+        replace(processor, resample=2).save_pretrained(tmp_path)
 
     theirs = type(their_processor()).from_pretrained(tmp_path)
     same = {name: x for name, x in theirs.to_dict().items() if name in processor.to_dict()}

@@ -21,7 +21,7 @@ def main(run: str, *videos: str) -> int:
         raise ValueError(f"{source}: got a model without a classifier, expected a fine-tuned one")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model, status = VideoMAEForVideoClassification.from_pretrained(source).to(device), 0
-    names, extra = model.config.id2label or {}, model.config.extra
+    names, extra = model.config.id2label, model.config.extra
     for video in videos:
         try:
             sampling = extra.get("fps", 6.25), extra.get("views", 5)
@@ -29,7 +29,7 @@ def main(run: str, *videos: str) -> int:
             shares = model(clips.to(device)).logits.softmax(dim=1).mean(dim=0)
             print(video)
             for i in shares.argsort(descending=True)[:5].tolist():
-                print(f"  {100 * shares[i]:5.1f} %  {names.get(i, f'LABEL_{i}')}")
+                print(f"  {100 * shares[i]:5.1f} %  {names[i]}")
         except ValueError as error:
             print(error, file=sys.stderr)
             status = 1
