@@ -411,7 +411,8 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
     config, default = vars(model.config), vars(videomae.VideoMAEConfig())
     for name in ("position_embedding", "position_grid", "head_norm_eps"):
         if config[name] != default[name]:
-            logger.warning(f"{directory}: transformers does not know {name}={config[name]}")
+            logger.warning(f"{directory}: transformers ignores {name}={config[name]}, so its "
+                           "outputs will differ")
     values = config_to_json(model.config)
     values["architectures"] = [type(model).__name__]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")

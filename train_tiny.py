@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=2 train_tiny.py --data FOLDER             several GPUs
 
 A run's results, pictures and models go to a folder in runs/ that is named after its options. The
-same command resumes a run that was interrupted, and shows one that is finished.
+same command resumes a run that was interrupted, and shows one that is finished, even if code or
+data have changed since: then pass another --name. For a data set of your own, see tiny/__init__.py.
 """
 import json
 import logging
@@ -58,9 +59,9 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
         save_every=100, each_tenth=None) -> Tensor:
     """Train a model in place -> the loss of each step, (steps,).
 
-    batches[step] is the step's tuple of CPU tensors, and loss_of(model, *batch) their mean loss. lr
-    is the peak learning rate. With a path, the state is saved there every `save_every` steps, and
-    the same call resumes from it exactly. each_tenth(model) is called ten times on the way.
+    batches[step] is a tuple of CPU tensors, see Batches; loss_of(model, *batch) returns their mean
+    loss. lr is the peak. With a path, the state is saved there every `save_every` steps, and the
+    same call resumes from it exactly. each_tenth(model) is called ten times on the way.
     """
     device, (rank, world) = next(model.parameters()).device, processes()
     dtype = choose_dtype(precision, device)
@@ -223,13 +224,13 @@ class Recipe:
 
     data: str = option("", "a folder of videos, FOLDER/Class/*.mp4", "Data")
     labels_per_class: int = option(1, "labelled clips in each class; 0 = all clips")
-    init: str = option("", "start from these weights, not by pretraining: a directory or a hub id")
-    seed: int = option(0, "for synthetic clips, weights, batches and the choice of labelled clips")
-    name: str = option("", "of the folder in runs/, instead of one from the options")
+    init: str = option("", "skip pretraining and start from these weights: a directory or hub id")
+    seed: int = option(0, "random seed for clips, weights, batches and which clips are labelled")
+    name: str = option("", "name of the run's folder in runs/ (default: made from the options)")
 
     unlabelled_clips: int = option(10_000, "clips to train on", "Clips, without --data", low=1)
     test_clips: int = option(1024, "held-out clips to test on", low=1)
-    test_seed: int = option(TEST_SEED, "choose settings on other test clips than you report")
+    test_seed: int = option(TEST_SEED, "seed of the test clips; use another to choose settings")
 
     fps: float = option(6.25, "frames per second of a clip; UCF101's videos have 25",
                         "Videos, with --data", low=0.01)
@@ -240,22 +241,23 @@ class Recipe:
     model: str = option("tiny", "a preset of VideoMAEConfig", "Model, without --init")
     image_size: int = option(0, "pixels; 0 = the preset's")
 
-    mask: str = option("tube", "mask places at all times, single patches or whole time steps",
+    mask: str = option("tube", "tube: the same positions at every time step; frame: whole steps",
                        "Pretraining, without --init", choices=("tube", "random", "frame"))
     mask_ratio: float = option(0.75, "share that is masked, rounded down to whole tubes or steps")
-    pretrain_steps: int = option(1600, "steps", low=1)
+    pretrain_steps: int = option(1600, "training steps", low=1)
     pretrain_batch: int = option(32, "clips per step, in all processes together", low=1)
     pretrain_lr: float = option(7.5e-4, "peak learning rate; 1.5e-3 suits --mask frame")
 
-    finetune_steps: int = option(300, "steps; 0 = skip", "Fine-tuning, and training from scratch")
+    finetune_steps: int = option(300, "training steps; 0 = skip",
+                                 "Fine-tuning, and training from scratch")
     finetune_lr: float = option(5e-4, "peak learning rate")
-    scratch_steps: int = option(1900, "steps from scratch, in the time of both stages; 0 = skip")
+    scratch_steps: int = option(1900, "steps from scratch, which take as long as both stages")
     scratch_lr: float = option(2.5e-4, "peak learning rate from scratch")
     finetune_batch: int = option(16, "clips per step, in all processes together", low=1)
-    layer_decay: float = option(1.0, "fine-tuning: a layer's learning rate over the next one's")
+    layer_decay: float = option(1.0, "factor between the learning rates of a layer and the next")
     drop_path: float = option(0.0, "share of clips that skip the last block", high=0.99)
     label_smoothing: float = option(0.0, "share of a label that goes to all classes", high=1)
-    colour_jitter: bool = option(True, "change colours, by which a few clips are told apart")
+    colour_jitter: bool = option(True, "randomize colours, which could give a few clips away")
 
     optimizer: str = option("muon", "muon: for matrices, and AdamW for the rest", "Optimization",
                             choices=("muon", "adamw"))
@@ -328,18 +330,17 @@ def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: flo
     return model
 
 
-def run(folder: Path, recipe: Recipe, state: dict):
+def run(folder: Path, recipe: Recipe, state: dict, load):
     """Train and test each way that has no result in the state yet."""
     config = make_config(recipe)
-    clips, test_clips = load_clips(recipe, config)
+    clips, test_clips = load(recipe, config)
     labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
     counts = dict(train=len(clips.labels), labelled=len(labelled), classes=len(clips.classes),
                   test=len(test_clips.labels))
     print("{train:,} training clips ({labelled:,} labelled, {classes} classes), {test:,} test clips"
           .format(**counts))
     if state.setdefault("clips", counts) != counts:
-        raise ValueError(f"--data: {recipe.data} has changed since {folder} was started; choose "
-                         "another --name")
+        raise ValueError(f"--name: {folder} was started with other clips, pass another name")
 
     # With weights of the run's own, a dropped decoder and a new head are no news.
     logging.getLogger("videomae").setLevel("WARNING" if recipe.init else "ERROR")
@@ -430,8 +431,9 @@ def wait():
         dist.barrier()
 
 
-def main(argv=None):
-    """Train, or show what has been trained; see the top of the file."""
+def main(argv=None, load=load_clips):
+    """Train, or show what has been trained; see the top of the file. load(recipe, config) returns
+    the clips to train on and those to test on."""
     recipe, folder = read_command(sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ:  # started by torchrun
         if DEVICE.type == "cuda":
@@ -445,11 +447,11 @@ def main(argv=None):
     if path.exists():
         state = json.loads(path.read_text())
     if state["recipe"] != asdict(recipe):
-        raise ValueError(f"--name: {folder} has a run with other settings, expected another name")
-    print(f"{folder}/ on {state['device']}")
+        raise ValueError(f"--name: {folder} holds a run with other settings, pass another name")
+    print(f"{folder}/ on {state['device']}" + ", finished before" * table.exists())
     wait()  # until every process has read the state
     if not table.exists():  # else the run is finished
-        run(folder, recipe, state)
+        run(folder, recipe, state, load)
         if processes()[0] == 0:
             report.draw_curves(state["results"], folder / "curves.png")
             for file in (*folder.glob("*.pt"), *folder.glob("*.tmp")):

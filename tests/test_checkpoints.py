@@ -421,9 +421,9 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     same, plain = VideoMAEConfig(**SMALL, position_grid=(4, 4, 4)), VideoMAEConfig(**SMALL)
     assert torch.equal(position_table(same, 48), position_table(plain, 48))
 
-    # They survive saving, and it is said that transformers does not know them.
+    # They survive saving, and a warning says that transformers ignores them.
     model.save_pretrained(tmp_path)
-    assert "transformers does not know position_grid=(4, 4, 4)" in caplog.text
+    assert "transformers ignores position_grid=(4, 4, 4)" in caplog.text
     again = VideoMAEForPreTraining.from_pretrained(tmp_path)
     assert torch.equal(again.videomae.encoder.positions, model.videomae.encoder.positions)
     refused("expected (4, 4, 4) to interpolate", tmp_path, num_frames=16)

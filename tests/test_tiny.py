@@ -158,7 +158,7 @@ def test_accuracies_and_labels():
         assert len(set(chosen.tolist())) == 12 and labels[chosen].bincount().tolist() == [4, 4, 4]
     assert set(chosen.tolist()) != set(choose_labelled(labels, 4, 0).tolist())
     assert torch.equal(choose_labelled(labels, 0, 0), torch.arange(30))
-    with pytest.raises(ValueError, match="labels_per_class: got 11, but a class has only 10"):
+    with pytest.raises(ValueError, match="--labels-per-class: got 11, but class . has only 10"):
         choose_labelled(labels, 11, 0)
 
 

@@ -234,7 +234,7 @@ def test_a_finished_run_is_shown_and_not_run_again(whole, monkeypatch, capsys):
     train_tiny.main([*map(str, TOY), "--name", "whole"])
     said = capsys.readouterr().out
     assert "| 1 label per class | top-1, % | seconds |" in said and "pretrained, fine-tuned" in said
-    with pytest.raises(ValueError, match="--name: runs/whole has a run with other settings"):
+    with pytest.raises(ValueError, match="--name: runs/whole holds a run with other settings"):
         train_tiny.main([*map(str, TOY), "--seed", "1", "--name", "whole"])
     assert before == {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
 
@@ -298,7 +298,7 @@ def test_two_processes_train_together(whole, tmp_path):
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0, expected at least 1"),
     (["--label-smoothing", "1.5"], "--label-smoothing: got 1.5, expected at most 1"),
     (["--labels-per-class", "50", "--unlabelled-clips", "100",
-      "--test-clips", "1"], "labels_per_class: got 50"),
+      "--test-clips", "1"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got 32, expected a multiple of 7"),
     (["--init", "nowhere"], "nowhere: not a local path"),
     (["--init", str(HERE / "golden/hf_pretrain_tiny"), "--mask-ratio", "0.01"], "masks 0"),
@@ -371,7 +371,7 @@ def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
     # A folder that has changed could move clips that were trained on to the test split.
     (tmp_path / "runs/videos/table.md").unlink()  # as if the run had been interrupted
     shutil.copy(next(video_folder.glob("Left/*.avi")), video_folder / "Left/v_Left_g00_c01.avi")
-    with pytest.raises(ValueError, match="has changed since runs/videos was started"):
+    with pytest.raises(ValueError, match="runs/videos was started with other clips"):
         main(*data, "--model", "tiny", name="videos")
 
 

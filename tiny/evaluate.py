@@ -66,7 +66,9 @@ def choose_labelled(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Indices of `per_class` random clips of each class; 0 = every clip."""
     if per_class == 0:
         return torch.arange(len(labels))
-    if per_class > (least := labels.bincount().min()):
-        raise ValueError(f"labels_per_class: got {per_class}, but a class has only {least} clips")
+    counts = labels.bincount()
+    if per_class > counts.min():
+        raise ValueError(f"--labels-per-class: got {per_class}, but class {counts.argmin()} has "
+                         f"only {counts.min()} clips")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
