@@ -8,7 +8,7 @@ help:
 	@echo "make lint       set up .venv, then run ruff"
 	@echo "make notebooks  set up .venv, then run the notebooks with few steps, into runs/notebooks/"
 	@echo "make gpu        measure on this machine's GPU, FOLDER=real/videos too, into docs/gpu.md"
-	@echo "make hub        try published weights, FOLDER=real/videos, into docs/hub.md (network)"
+	@echo "make hub        download published weights and check them (1 GB)"
 	@echo "make clean      remove .venv (runs/ stays)"
 
 train: .venv/ready
@@ -28,7 +28,7 @@ gpu: .venv/ready
 
 hub: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hub]"
-	$(BIN)/python benchmarks/hub.py --data $(FOLDER)
+	$(BIN)/python -m pytest -q -m hub
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv with torch and a few packages; the first time this takes minutes."

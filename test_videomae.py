@@ -529,7 +529,7 @@ def test_threads_share_a_model_and_a_look_stays_in_its_call():
     dict(image_size=30), dict(image_size=(32, 30)), dict(num_frames=15), dict(num_frames=0),
     dict(hidden_size=100), dict(decoder_hidden_size=100), dict(hidden_act="swish"),
     dict(position_embedding="learned"), dict(norm_pix_loss=True, patch_size=1, tubelet_size=1),
-    dict(num_labels=3, id2label={0: "walk", 1: "run"}),
+    dict(num_labels=3, id2label={0: "walk", 1: "run"}), dict(initializer_range=0.0),
 ], ids=str)
 def test_config_names_the_bad_field(fields):
     with pytest.raises(ValueError, match=f"^({'|'.join(fields)}): got "):

@@ -608,6 +608,8 @@ def check_config(config: VideoMAEConfig):
     check_choice("position_embedding", config.position_embedding, ("sinusoid", "separable"))
     if not callable(config.hidden_act):
         check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
+    if not config.initializer_range > 0:
+        raise ValueError(f"initializer_range: got {config.initializer_range}, expected more than 0")
     if config.norm_pix_loss and config.tubelet_size * config.patch_size**2 == 1:
         raise ValueError("norm_pix_loss: got True, expected False for patches of a single pixel")
 

@@ -60,7 +60,8 @@ def sources(tmp_path_factory):
         decoded = np.load(decode(path, config.image_hw, 25.0, path.parent / "cache"))
         assert decoded.dtype == np.uint8 and decoded.shape[3] == 3 and min(decoded.shape) > 0
         clips = read_views(path, config, 25.0, views=2)
-        assert clips.shape == (2, 8, 3, 32, 32) and clips.isfinite().all()
+        assert len(clips) in (1, 2) and clips.isfinite().all()  # a damaged view is skipped
+        assert clips.shape[1:] == (8, 3, 32, 32)
 
     return folder, {
         "model/model.safetensors": model, "model/config.json": model, "new.pth": authors_file,
