@@ -700,3 +700,43 @@ assert "package.checkpoints" in sys.modules
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "saved/config.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers' Trainer
+
+
+def test_trainer_trains_evaluates_and_saves(tmp_path):
+    """As in transformers' guide to video classification: stripes that stand or lie."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    names = ["stand", "lie"]
+    model = VideoMAEForVideoClassification.from_pretrained(
+        GOLDEN / "hf_pretrain_tiny", label2id={name: i for i, name in enumerate(names)},
+        id2label=dict(enumerate(names)), ignore_mismatched_sizes=True, use_mean_pooling=True)
+    processor = VideoMAEImageProcessor.from_pretrained(GOLDEN / "hf_pretrain_tiny")
+    standing = np.tile(np.uint8([200, 0] * 16)[:, None], (8, 32, 1, 3))  # (T, H, W, C)
+    videos = [standing, standing.transpose(0, 2, 1, 3)]
+    clips = [dict(pixel_values=processor(list(videos[i % 2]), return_tensors="pt").pixel_values[0],
+                  labels=i % 2) for i in range(8)]
+
+    def accuracy(prediction):
+        return dict(accuracy=(prediction.predictions.argmax(1) == prediction.label_ids).mean())
+
+    args = transformers.TrainingArguments(
+        tmp_path / "trainer", max_steps=20, learning_rate=3e-3, use_cpu=True, report_to="none",
+        per_device_train_batch_size=4, save_steps=10, disable_tqdm=True)
+    trainer = transformers.Trainer(model, args, train_dataset=clips, eval_dataset=clips,
+                                   processing_class=processor, compute_metrics=accuracy)
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+    logits = torch.from_numpy(trainer.predict(clips).predictions)
+
+    trainer.save_model(tmp_path / "saved")  # weights only: Trainer knows no config of ours
+    model.save_pretrained(tmp_path / "whole")
+    pixel_values = torch.stack([clip["pixel_values"] for clip in clips])
+    for source, options in ((tmp_path / "saved", dict(config=trainer.model.config)),
+                            (tmp_path / "whole", {})):
+        again = VideoMAEForVideoClassification.from_pretrained(source, **options)
+        assert again.config.id2label == {0: "stand", 1: "lie"}
+        assert torch.allclose(again(pixel_values).logits, logits, atol=1e-5)

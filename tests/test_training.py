@@ -357,7 +357,7 @@ def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "v_Left_g09_c01.mp4" in said, "the broken file is named"
     assert "8 training clips (8 labelled, 2 classes), 2 test clips" in said
-    assert "| all labels per class | top-1, % | mean class accuracy, % | seconds |" in said
+    assert "| all labels | top-1, % | mean class accuracy, % | seconds |" in said
     assert files(tmp_path / "runs/videos") == FILES
     config = json.loads((tmp_path / "runs/videos/finetuned/config.json").read_text())
     assert (config["fps"], config["views"]) == (12.5, 2) and config["id2label"]["1"] == "Zoom In"

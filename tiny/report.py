@@ -97,7 +97,7 @@ def table(runs: list[dict]) -> str:
     labels, *others = {run["recipe"]["labels_per_class"] for run in runs}
     if others:
         raise ValueError(f"runs: got {labels} and {others[0]} labels per class, expected the same")
-    title = f"{labels or 'all'} label{'s' * (labels != 1)} per class"
+    title = f"{labels} label{'s' * (labels > 1)} per class" if labels else "all labels"
 
     def values(way, key):
         return [run["results"][way][key] for run in runs if key in run["results"].get(way, {})]
