@@ -397,10 +397,14 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, repl
     fresh = {name: x for name, x in expected.items() if name in reshaped or name.startswith(new)}
     missing, unknown = model.load_state_dict(used | fresh, strict=strict, assign=True)
 
-    def by_head(*names):
-        return sorted({next(filter(name.startswith, HEADS), name) for name in names})
+    def by_head(names, everything):
+        """A head all of whose weights are among the names stands for them."""
+        whole = [head for head in HEADS
+                 if names >= {name for name in everything if name.startswith(head)}]
+        return sorted({next(filter(name.startswith, whole), name) for name in names})
 
-    new, unused = by_head(*fresh, *missing), by_head(*weights.keys() - used.keys(), *unknown)
+    new = by_head({*fresh, *missing}, expected)
+    unused = by_head({*(weights.keys() - used.keys()), *unknown}, weights)
     if new or unused:
         logger.warning(f"{type(model).__name__}: newly initialized: {new}, not used: {unused}")
     return used

@@ -756,7 +756,7 @@ class Look:
             return attention.attend(q, k, v)
         if type(attention).attend is not Attention.attend or "attend" in vars(attention):
             raise TypeError("head_mask, output_attentions: got an overridden `attend`, whose "
-                            "attention weights are unknown")
+                            "weights are unknown")
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
         weights = F.dropout(weights, attention.dropout, attention.training)  # (B, heads, M, M)
         if self.head_mask is not None:
@@ -767,8 +767,10 @@ class Look:
 
     def output(self, **fields) -> tuple:
         """A model's output: its own fields that are not None, and what was asked for."""
-        if self.needs_weights and len(self.attentions) != self.config.num_hidden_layers:
-            raise TypeError("head_mask, output_attentions: got an overridden attention or block, "
+        layers = self.config.num_hidden_layers
+        if (self.needs_weights and len(self.attentions) != layers
+                or self.output_hidden_states and len(self.hidden_states) != layers + 1):
+            raise TypeError("head_mask, output_*: got an overridden attention, block or encoder, "
                             "which does not pass `look` on")
         if self.output_hidden_states:
             fields["hidden_states"] = tuple(self.hidden_states)

@@ -135,6 +135,8 @@ def main():
             differs = {key: result[key] for key in BASE if result[key] != BASE[key]}
             print(f"{number}/{len(jobs)} seed {result['seed']} {differs}: "
                   f"{result['finetune_top1']} %, {result['seconds']} s", flush=True)
+        pool.close()
+        pool.join()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def test_rows_run(capsys, monkeypatch):
     assert [x[0] for x in (pretrain, processor, ours)] == [
         "tiny pretrain fp32 eager", "processor", "processor"]
     for _, our_time, their_time, ratio, _ in (pretrain, processor):
-        our_time, their_time = (float(x.removesuffix(" ms").replace(",", "")) for x in (our_time, their_time))
+        our_time, their_time = (float(x.removesuffix(" ms").replace(",", ""))
+                                for x in (our_time, their_time))
         assert float(ratio) == pytest.approx(their_time / our_time, abs=0.01)
     assert 0 < int(pretrain[-1].removesuffix("%")) < 100 and not processor[-1]
     assert ours[1] and not ours[2] and not ours[3]
