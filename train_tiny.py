@@ -435,6 +435,8 @@ def main(argv=None, load=load_clips):
     """Train, or show what has been trained; see the top of the file. load(recipe, config) returns
     the clips to train on and those to test on."""
     recipe, folder = read_command(sys.argv[1:] if argv is None else argv)
+    if recipe.data and not Path(recipe.data).is_dir():
+        raise ValueError(f"{recipe.data}: no such folder")
     if "RANK" in os.environ:  # started by torchrun
         if DEVICE.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -292,7 +292,7 @@ def test_two_processes_train_together(whole, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--epochs", "3"], "unknown option --epochs"),
     (["pretrain"], "unknown option pretrain"),
-    (["--data", "nowhere"], "nowhere"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
     (["--model", "gigantic"], "preset: got 'gigantic'"),
     (["--mask-ratio", "0.01"], "mask_ratio: 0.01 masks 0"),
     (["--pretrain-steps", "0"], "--pretrain-steps: got 0, expected at least 1"),
@@ -303,11 +303,14 @@ def test_two_processes_train_together(whole, tmp_path):
     (["--init", "nowhere"], "nowhere: not a local path"),
     (["--init", str(HERE / "golden/hf_pretrain_tiny"), "--mask-ratio", "0.01"], "masks 0"),
 ])
-def test_wrong_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch):
+def test_wrong_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch,
+                                                     capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         train_tiny.main(arguments)
     assert not (tmp_path / "runs").exists()
+    if "--data" in arguments:
+        assert not capsys.readouterr().out, "nothing is printed before the error"
 
 
 def test_options_have_help_and_name_the_folder(capsys):
