@@ -17,6 +17,7 @@ LINE = re.compile(rf"""["']?(.+(?:{ENDINGS}))["']?(?:[\s,;]+(.*?))?[\s,;]*(?:\s#
 
 
 class Video(NamedTuple):
+    """One video file of a folder."""
     file: Path
     label: str  # its class
     split: str  # "train", "test", or "" where its group decides
