@@ -93,7 +93,7 @@ def for_each(function, files: list[Path], text: str) -> dict:
 def cache_path(file: Path, image_hw, fps: float, cache) -> Path:
     """Where a video's decoded frames are kept, until the video changes."""
     stat = file.stat()
-    key = repr((file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, fps))
+    key = repr((file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, float(fps)))
     return Path(cache, hashlib.blake2b(key.encode(), digest_size=12).hexdigest() + ".npy")
 
 
