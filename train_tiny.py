@@ -68,7 +68,8 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
     optimizers = make_optimizers(model, optimizer, muon_scale, betas, weight_decay, layer_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(model=model, scaler=scaler, **optimizers)
-    path, state = path and Path(path), dict(step=0, seconds=0.0, losses=torch.zeros(steps))
+    path = path and Path(path)
+    state = dict(step=0, seconds=0.0, waited=0.0, losses=torch.zeros(steps))
     if path and path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         if len(state["losses"]) != steps:
@@ -77,15 +78,17 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
             part.load_state_dict(state[name])
         print(f"{path.stem}: resumes after step {state['step']:,}")
     first, losses = state["step"], state["losses"].to(device)
-    start = time.perf_counter() - state["seconds"]
+    start, waited = time.perf_counter() - state["seconds"], state["waited"]
 
     trained = DistributedDataParallel(model) if world > 1 else model
     trained = torch.compile(trained) if compile else trained
     loader = DataLoader(batches, batch_size=None, sampler=range(first, steps), num_workers=workers)
     bar = tqdm(loader, path and path.stem, leave=False, disable=True if rank else None)
     model.train()
+    ready = time.perf_counter()
     for step, batch in enumerate(bar, first):
-        torch.manual_seed(hash((seed, step, rank)))  # for masks, colours, dropout
+        waited += time.perf_counter() - ready
+        torch.manual_seed(hash((seed, step, rank)))  # for crops, masks, colours, dropout
 
         for part in zip(*(x.chunk(accumulate) for x in batch), strict=True):
             part = [x.to(device, non_blocking=True) for x in part]
@@ -110,8 +113,10 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
                                          "try a lower learning rate")
             if path and rank == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=done, losses=losses, seconds=time.perf_counter() - start)
+                state |= dict(step=done, losses=losses, seconds=time.perf_counter() - start,
+                              waited=waited)
                 write_atomic(path, partial(torch.save, state))
+        ready = time.perf_counter()
     return losses.cpu()
 
 
@@ -199,16 +204,17 @@ class Batches(Dataset):
 
 
 def reconstruction_loss(model, frames: Tensor, labels: Tensor, *, grid, mask: str,
-                        mask_ratio: float) -> Tensor:
+                        mask_ratio: float, prepare=normalize) -> Tensor:
     """Stage 1: the error of the predicted patches. Labels are not used."""
+    pixel_values = prepare(frames)
     bool_masked_pos = random_mask(mask, len(frames), grid, mask_ratio)
-    return model(normalize(frames), bool_masked_pos).loss
+    return model(pixel_values, bool_masked_pos).loss
 
 
 def classification_loss(model, frames: Tensor, labels: Tensor, *, jitter=False,
-                        label_smoothing=0.0) -> Tensor:
+                        label_smoothing=0.0, prepare=normalize) -> Tensor:
     """Stage 2: cross-entropy."""
-    pixel_values = normalize(frames)
+    pixel_values = prepare(frames)
     if jitter:
         pixel_values = colour_jitter(pixel_values)
     logits = model(pixel_values).logits.float()
@@ -326,6 +332,7 @@ def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: flo
         "optimizer", "weight_decay", "accumulate", "precision", "compile", "seed", "save_every")}
     workers = max(1, (os.cpu_count() or 1) // 4) if recipe.data else 0
     batches = Batches(clips, subset, batch, recipe.seed, *processes())
+    loss_of = partial(loss_of, prepare=clips.prepare)
     fit(model.to(DEVICE), batches, loss_of, steps, lr, workers=workers, **options)
     return model
 
@@ -387,7 +394,7 @@ def save(path: Path, state: dict, model, result: dict):
             losses, seconds = fitted["losses"], fitted["seconds"]
             result |= dict(seconds=round(seconds, 1), losses=losses.tolist())
             print(f"{way}: loss {losses[0]:.3f} -> {losses[-10:].mean():.3f} in {len(losses):,} "
-                  f"steps, {seconds:.0f} s")
+                  f"steps, {seconds:.0f} s, data {fitted['waited'] / seconds:.0%} of the time")
         if "top1" in result:
             print(f"{way}: top-1 {result['top1']:.1f} %")
         text = re.sub(r",\s+(?=[\d.-])", ", ", json.dumps(state, indent=1))  # numbers side by side

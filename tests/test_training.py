@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from tests.helpers import write_video
 from tiny.evaluate import accuracies, probabilities
 from tiny.muon import Muon
 from tiny.synthetic import TEST_SEED, SyntheticClips
+from tiny.videos import VideoClips
 from train_tiny import Batches, fit, make_optimizers
 from videomae import (
     VideoMAEConfig,
@@ -96,6 +99,7 @@ def test_every_tensor_is_made_on_the_models_device(stage):
     config = VideoMAEConfig.preset("tiny", num_labels=8, use_mean_pooling=stage == "fine-tuning",
                                    drop_path_rate=0.5, hidden_dropout_prob=0.1)
     frames = torch.empty(4, 8, 3, 32, 32, dtype=torch.uint8, device="meta")
+    prepare = partial(VideoClips.prepare, Namespace(config=config, flip=True))
     labels = torch.empty(4, dtype=torch.int64, device="meta")
     looks = dict(output_attentions=True, output_hidden_states=True, head_mask=torch.ones(4))
     if stage == "pretraining":
@@ -104,11 +108,12 @@ def test_every_tensor_is_made_on_the_models_device(stage):
         model(normalize(frames), mask, **looks)
         reconstruct(model, normalize(frames), mask)
         loss = train_tiny.reconstruction_loss(model, frames, labels, grid=config.grid, mask="tube",
-                                              mask_ratio=0.75)
+                                              mask_ratio=0.75, prepare=prepare)
     else:
         model = VideoMAEForVideoClassification(config).to("meta")
         model(normalize(frames), **looks)
-        loss = train_tiny.classification_loss(model, frames, labels, jitter=True)
+        loss = train_tiny.classification_loss(model, frames, labels, jitter=True,
+                                              prepare=prepare)
     loss.backward()
     optimizers = make_optimizers(model, "muon", 3.0, (0.9, 0.95), 0.05, 0.75)
     for group in optimizers["adamw"].param_groups:

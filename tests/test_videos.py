@@ -19,7 +19,7 @@ import torch
 
 from tests.helpers import damage, turn_clockwise, write_video
 from tiny import predict
-from tiny.augment import flip, multi_scale_crop
+from tiny.augment import crop_and_flip
 from tiny.evaluate import probabilities
 from tiny.folders import find_videos, split_videos
 from tiny.videos import VideoClips, decode, decode_all, load_videos, read_frames, read_views, scan
@@ -27,6 +27,7 @@ from videomae import (
     VideoMAEConfig,
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
+    denormalize,
     preprocess,
 )
 
@@ -254,7 +255,9 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
             assert one.shape[1] >= height and one.shape[2] >= width, "covers the model's rectangle"
             assert one.shape[1] == height or one.shape[2] == width, "and just so"
         clips = VideoClips(["A"], torch.zeros(len(frames)), list(decoded.values()), config, views=2)
-        assert clips.train_clips(torch.arange(11)).shape == (11, 8, 3, height, width)
+        windows = clips.train_clips(torch.arange(11))
+        assert windows.shape == (11, 8, 3, height, width), "what videos of all shapes share"
+        assert clips.prepare(windows).shape == (11, 8, 3, height, width)
         assert clips.test_views(3).shape == (2, 8, 3, height, width)
 
         lengths = {name: len(one) for name, one in frames.items()}
@@ -276,7 +279,7 @@ def test_decoded_frames_are_the_video(tmp_path):
     write_video(tmp_path / "one.mp4", ramp(6))
     decoded = decode(tmp_path / "one.mp4", (32, 32), 25.0, tmp_path)
     clips = VideoClips(["A"], torch.zeros(1), [decoded], TINY)
-    clip = clips.train_clips(torch.tensor([0]))[0]  # (8, 3, 32, 32)
+    clip = clips.train_clips(torch.tensor([0]))[0]  # (8, 3, 32, 43)
     expected = torch.from_numpy(ramp(6)[[0, 1, 2, 3, 4, 5, 5, 5], 0, 0]).float()
     assert (clip.float().mean(dim=(2, 3)) - expected).abs().max() < 6
     time = decoded.stat().st_mtime_ns
@@ -337,11 +340,13 @@ def test_windows_are_random_and_views_are_not(tmp_path):
     assert torch.equal(clips.test_views(0), torch.stack(expected)), "1/4 and 3/4 of the 43 starts"
 
     index = torch.zeros(600, dtype=torch.int64)
-    drawn = clips.train_clips(index)  # (600, 8, 3, 32, 32)
-    starts = drawn[:, 0, 0, 0, 0] // 5
+    windows = clips.train_clips(index)  # (600, 8, 3, 32, 96)
+    starts = windows[:, 0, 0, 0, 0] // 5
     assert set(starts.tolist()) == set(range(43)), "every start there is"
-    assert (drawn[:, :, 0, 0, 0].int().diff(dim=1) == 5).all(), "frame by frame"
-    columns = drawn[:, 0, 1, 0] / 2  # (600, 32)
+    assert (windows[:, :, 0, 0, 0].int().diff(dim=1) == 5).all(), "frame by frame"
+    drawn = 255 * denormalize(clips.prepare(windows).movedim(2, -1))  # (600, 8, 32, 32, 3)
+    assert (drawn[..., 0].diff(dim=1) - 5).abs().max() < 1e-3, "all frames alike"
+    columns = drawn[:, 0, 0, :, 1] / 2  # (600, 32)
     assert columns[:, 0].min() < 4 and columns[:, -1].max() > 91, "anywhere"
     assert columns[:, 0].unique().numel() > 40
     assert (columns.diff(dim=1) >= 0).all(), "not mirrored"
@@ -350,17 +355,35 @@ def test_windows_are_random_and_views_are_not(tmp_path):
     again = [clips.train_clips(index[:4]), torch.manual_seed(1) and clips.train_clips(index[:4])]
     assert torch.equal(*again), "drawn from torch's global generator"
     clips.flip = True
-    mirrored = clips.train_clips(index)[:, 0, 1, 0].int().diff(dim=1).sum(dim=1) < 0
+    mirrored = clips.prepare(windows)[:, 0, 1, 0].diff(dim=1).sum(dim=1) < 0
     assert 240 < mirrored.sum() < 360
 
 
-def test_crops_have_the_shape_of_the_model():
-    frames = torch.arange(40 * 60).remainder(256).byte().view(1, 1, 40, 60).expand(2, 3, -1, -1)
-    for height, width in ((32, 32), (16, 48), (64, 32)):
-        crops = [multi_scale_crop(frames, height, width) for _ in range(50)]
-        assert all(crop.shape == (2, 3, height, width) for crop in crops)
-        assert len({int(crop.float().sum()) for crop in crops}) > 25
-    assert {bool((flip(frames) == frames).all()) for _ in range(20)} == {True, False}
+def test_crops_are_rectangles_of_the_frame():
+    """In frames whose colours are their places, x in red and y in green, a crop's colours tell
+    which rectangle it shows."""
+    frames = torch.zeros(2000, 2, 3, 40, 60)
+    frames[:, :, 0], frames[:, :, 1] = torch.arange(60) + 0.5, torch.arange(40)[:, None] + 0.5
+    for height, width in ((32, 32), (16, 48), (64, 32), (40, 60)):
+        crops = crop_and_flip(frames, height, width, flip=False)
+        assert crops.shape == (2000, 2, 3, height, width)
+        assert torch.equal(crops[:, 0], crops[:, 1]), "all frames of a clip alike"
+        x, y = crops[:, 0, 0, 8], crops[:, 0, 1, :, 8]  # (2000, width), (2000, height)
+        pixel_w, pixel_h = (x[:, -9] - x[:, 8]) / (width - 17), (y[:, -9] - y[:, 8]) / (height - 17)
+        largest = min(40 / height, 60 / width)
+        scales = torch.stack([pixel_w, pixel_h], dim=1) / largest
+        steps = (scales[..., None] - torch.tensor([1, 0.875, 0.75, 0.66])).abs().min(dim=-1)
+        assert steps.values.max() < 1e-3
+        assert steps.indices.diff(dim=1).abs().max() == 1
+        assert len(steps.indices.unique(dim=0)) == 10, "every pair of sides at most a step apart"
+        left, top = x[:, 8] - 8.5 * pixel_w, y[:, 8] - 8.5 * pixel_h
+        room_x, room_y = 60 - width * pixel_w, 40 - height * pixel_h
+        for place, room in ((left, room_x), (top, room_y)):
+            assert place.min() > -1e-3 and (place - room).max() < 1e-3, "within the frame"
+            if room.max() > 1:
+                share = (place / room)[room > 1]
+                assert share.min() < 0.02 and share.max() > 0.98, "anywhere in it"
+
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,7 +580,7 @@ def test_real_clips(tmp_path, name, sizes):
     train_clips, test_clips = load_videos(SHARED / name, TINY, 12.5, cache=tmp_path)
     assert (len(train_clips.labels), len(test_clips.labels)) == sizes
     clips = train_clips.train_clips(torch.arange(20))
-    assert clips.shape == (20, 8, 3, 32, 32) and clips.float().std() > 20
+    assert clips.shape[:3] == (20, 8, 3) and min(clips.shape[3:]) == 32 and clips.float().std() > 20
     tested = [video for video in find_videos(SHARED / name) if video.split == "test"]
     for index in (0, 9, -1):
         views = read_views(tested[index].file, TINY, 12.5)

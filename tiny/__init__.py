@@ -1,10 +1,12 @@
 """What train_tiny.py trains on and shows: clips, augmentation, evaluation, pictures and tables.
 
-A data set is any object with these four:
+A data set is any object with these five:
 
     classes                its classes' names, a list
     labels                 (n,) int64, the class of each clip
-    train_clips(indices)   (B,) -> (B, T, 3, H, W) uint8, augmented
+    train_clips(indices)   (B,) -> (B, T, 3, h, w) uint8; runs in the loader's workers
+    prepare(frames)        (B, T, 3, h, w) uint8 -> (B, T, 3, H, W) float32 pixel_values, augmented;
+                           runs on the model's device
     test_views(index)      -> (V, T, 3, H, W) float32, the views of one clip from
                            `videomae.preprocess`; predictions are means over them
 

@@ -1,29 +1,40 @@
 """Crops, flips and colours, for training, drawn from torch's global generator."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from videomae import resize
+
+def cut(clip: Tensor, height: int, width: int) -> Tensor:
+    """(..., h, w) -> (..., height, width), from a random place."""
+    top = torch.randint(clip.shape[-2] - height + 1, ())
+    left = torch.randint(clip.shape[-1] - width + 1, ())
+    return clip[..., top : top + height, left : left + width]
 
 
-def multi_scale_crop(clip: Tensor, height: int, width: int) -> Tensor:
-    """(T, C, H, W) uint8 -> (T, C, height, width): a random rectangle of the clip, resized.
+def crop_and_flip(pixel_values: Tensor, height: int, width: int, flip: bool) -> Tensor:
+    """(B, T, C, h, w) -> (B, T, C, height, width): a random rectangle of each clip, resized, and
+    with `flip` mirrored left to right in half of the clips.
 
     Its sides are 1, 0.875, 0.75 or 0.66 of those of the largest rectangle of the target's shape, at
-    most one step apart. The authors' GroupMultiScaleCrop has 13 fixed places, here it is anywhere.
+    most one step apart. The authors' GroupMultiScaleCrop has 13 fixed places; ours may be anywhere.
     """
+    (count, frames), (h, w) = pixel_values.shape[:2], pixel_values.shape[-2:]
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    scale_h, scale_w = pairs[torch.randint(len(pairs), ())]
-    largest = min(clip.shape[-2] / height, clip.shape[-1] / width)
-    h, w = round(scale_h * largest * height), round(scale_w * largest * width)
-    top = torch.randint(clip.shape[-2] - h + 1, ())
-    left = torch.randint(clip.shape[-1] - w + 1, ())
-    return resize(clip[..., top : top + h, left : left + w], height, width)
+    scale = torch.tensor(pairs)[torch.randint(len(pairs), (count,))]  # (B, 2): across, down
 
+    # Frames reach from -1 to 1 both ways, so a share of a side is also half its length.
+    share = scale * min(h / height, w / width) * torch.tensor([width / w, height / h])
+    centre = (2 * torch.rand(count, 2) - 1) * (1 - share)
+    mirror = torch.where(torch.rand(count) < 0.5, -1, 1) if flip else 1
+    look = torch.zeros(count, 2, 3)  # in each row: how x and y in the crop, and 1, give x or y
+    look[:, 0, 0], look[:, 1, 1], look[:, :, 2] = share[:, 0] * mirror, share[:, 1], centre
 
-def flip(clip: Tensor) -> Tensor:
-    """(T, C, H, W) -> the same, mirrored left to right in one of two calls."""
-    return clip.flip(-1) if torch.rand(()) < 0.5 else clip
+    size = count, frames * pixel_values.shape[2], height, width
+    grid = F.affine_grid(look.to(pixel_values.device), size, align_corners=False)
+    crops = F.grid_sample(pixel_values.flatten(1, 2), grid, padding_mode="border",
+                          align_corners=False)
+    return crops.unflatten(1, (frames, -1))  # all frames of a clip alike
 
 
 def colour_jitter(pixel_values: Tensor) -> Tensor:

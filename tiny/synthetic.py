@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videomae import VideoMAEConfig, preprocess
+from videomae import VideoMAEConfig, normalize, preprocess
 
 # Opposites stand side by side: reversed in time, motion i becomes motion i ^ 1.
 MOTIONS = (
@@ -39,8 +39,12 @@ class SyntheticClips:
         self.clips = torch.cat(films)  # (count, T, 3, H, W) uint8
 
     def train_clips(self, indices: Tensor) -> Tensor:
-        """indices (B,) -> (B, T, 3, H, W) uint8, as they are."""
+        """indices (B,) -> (B, T, 3, H, W) uint8."""
         return self.clips[indices]
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """(B, T, 3, H, W) uint8 -> pixel_values. A crop or a flip could change the label."""
+        return normalize(frames)
 
     def test_views(self, index: int) -> Tensor:
         """(1, T, 3, H, W), the only view of a clip."""

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import write_atomic
-from tiny import augment
+from tiny.augment import crop_and_flip, cut
 from tiny.folders import SUFFIXES, find_videos, split_videos
-from videomae import VideoMAEConfig, frame_indices, preprocess
+from videomae import VideoMAEConfig, frame_indices, normalize, preprocess
 
 
 def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, views: int = 5,
@@ -223,10 +223,15 @@ class VideoClips:
     flip: bool = True
 
     def train_clips(self, indices: Tensor) -> Tensor:
-        """(B,) -> (B, T, 3, H, W) uint8: a random window, cropped and mirrored at random."""
+        """(B,) -> (B, T, 3, h, w) uint8: random windows. Videos of several shapes are cut to what
+        they have in common, at a random place."""
         windows = [self.window(index, torch.rand(()).item()) for index in indices.tolist()]
-        clips = [augment.multi_scale_crop(frames, *self.config.image_hw) for frames in windows]
-        return torch.stack([augment.flip(clip) if self.flip else clip for clip in clips])
+        height, width = (min(x.shape[dim] for x in windows) for dim in (-2, -1))
+        return torch.stack([cut(window, height, width) for window in windows])
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """(B, T, 3, h, w) uint8 -> (B, T, 3, H, W) pixel_values, cropped and mirrored at random."""
+        return crop_and_flip(normalize(frames), *self.config.image_hw, self.flip)
 
     def test_views(self, index: int) -> Tensor:
         """-> (V, T, 3, H, W) pixel_values, spread evenly over the video."""
