@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch import Tensor
 
 from checkpoints import write_atomic
 from videomae import VideoMAEForPreTraining, random_mask, reconstruct
@@ -25,8 +26,8 @@ ROWS = {  # in results.json -> in the table, and what it took
 def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ratio: float,
                         path: Path, count: int = 4):
     """A moving GIF with a column for each of `count` clips, always the same ones with the same
-    mask: the clip, what is visible, the reconstruction."""
-    config, device = model.config, next(model.parameters()).device
+    mask: the clip, what the encoder sees, and the reconstruction."""
+    config = model.config
     if model.decoder.head.out_features != config.patch_dim:
         return  # it predicts something else than pixels
     indices = torch.linspace(0, len(clips.labels) - 1, count).long().unique().tolist()
@@ -35,9 +36,20 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ra
     with torch.random.fork_rng():
         torch.manual_seed(0)
         masked = random_mask(mask, len(indices), config.grid, mask_ratio)  # (B, N)
-    videos = torch.stack(reconstruct(model.eval(), pixel_values.to(device), masked))
+    text = f"Held-out clips, {masked.float().mean():.0%} masked ({mask}). Outlined: predicted"
+    if config.norm_pix_loss:
+        text += ",\nwith mean and contrast taken from the clip (norm_pix_loss)"
+    pictures = draw_rows(model, pixel_values, masked)
+    pictures = rearrange(pictures, "rows b t h w c -> t (rows h) (b w) c")
+    save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)
 
-    zoom = max(1, 112 // pixel_values.shape[-1])
+
+def draw_rows(model: VideoMAEForPreTraining, pixel_values: Tensor, masked: Tensor) -> Tensor:
+    """pixel_values (B, T, 3, H, W), masked (B, N) -> (3, B, T, h, w, 3) uint8, enlarged if small:
+    the clips, what the encoder sees, and the reconstructions with predicted patches outlined."""
+    config, device = model.config, next(model.parameters()).device
+    videos = torch.stack(reconstruct(model.eval(), pixel_values.to(device), masked))
+    zoom = max(1, round(128 / pixel_values.shape[-1]))
     videos = repeat(videos.float().clamp(0, 1).cpu(), "rows b t c h w -> rows b t (h zh) (w zw) c",
                     zh=zoom, zw=zoom)
     side = config.patch_size * zoom
@@ -46,15 +58,10 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ra
     others = F.pad((~masked).float(), (1, 1, 1, 1), value=1.0)
     is_edge = masked & (F.max_pool2d(others, kernel_size=3, stride=1) > 0)
     videos[2][is_edge] = torch.tensor([1.0, 0.6, 0.1])  # orange
-
-    text = f"Held-out clips, {masked.float().mean():.0%} masked ({mask}). Outlined: predicted"
-    if config.norm_pix_loss:
-        text += ",\nwith mean and contrast taken from the clip (norm_pix_loss)"
-    pictures = rearrange(255 * videos, "rows b t h w c -> t (rows h) (b w) c").byte()
-    save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)
+    return (255 * videos).byte()
 
 
-def save_gif(pictures: torch.Tensor, rows: list[str], text: str, path: Path):
+def save_gif(pictures: Tensor, rows: list[str], text: str, path: Path):
     """pictures (T, H, W, 3) uint8, with names of rows at the left and a text of two lines below."""
     from PIL import Image, ImageDraw
 
