@@ -1,11 +1,11 @@
-"""Published VideoMAE checkpoints: every format in, transformers' directory out.
+"""Load VideoMAE checkpoints in all published formats, and save them for transformers.
 
-    python checkpoints.py SOURCE [field=value ...]          print what it is, and check its numbers
-    python checkpoints.py SOURCE TARGET [field=value ...]   and write a directory for transformers
+    python checkpoints.py SOURCE [field=value ...]          describe it and check for NaN and inf
+    python checkpoints.py SOURCE TARGET [field=value ...]   also write a directory for transformers
 
-SOURCE is a directory as transformers 4 or 5 writes it, a hub id such as MCG-NJU/videomae-base, or a
-file of the authors or of VideoMAE V2 (.pth, .pt, .bin, .safetensors). Loading never executes code
-from a file. Add what a file does not tell as fields of VideoMAEConfig in JSON, such as
+SOURCE is a directory written by transformers 4 or 5, a hub id such as MCG-NJU/videomae-base, or a
+file from the authors or VideoMAE V2 (.pth, .pt, .bin, .safetensors). Loading never executes code
+from a file. Pass settings that a file lacks as fields of VideoMAEConfig in JSON, such as
 num_attention_heads=3. Needs safetensors and videomae.py.
 """
 import json
@@ -38,7 +38,7 @@ logger = logging.getLogger("videomae")  # reports unused weights and newly initi
 
 # ---- Names and shapes ---------------------------------------------------------------------------
 
-NAMES = [  # in a transformers directory, and here; ^ is the start of a name
+NAMES = [  # (transformers, this project); ^ matches the start of a name
     ("embeddings.patch_embeddings.projection.", "encoder.patch_embed."),
     ("encoder.layer.", "encoder.blocks."),
     ("decoder.decoder_layers.", "decoder.blocks."),
@@ -52,7 +52,7 @@ NAMES = [  # in a transformers directory, and here; ^ is the start of a name
     ("^encoder_to_decoder", "^decoder.encoder_to_decoder"),
     ("^mask_token", "^decoder.mask_token"),
 ]
-OTHER_NAMES = [  # the authors' and VideoMAE V2's, and the biases of transformers 5
+OTHER_NAMES = [  # the authors', VideoMAE V2's, and transformers 5's for biases
     ("^patch_embed.", "^encoder.patch_embed."),
     ("^blocks.", "^encoder.blocks."),
     ("^norm.", "^encoder.norm."),
@@ -62,12 +62,12 @@ OTHER_NAMES = [  # the authors' and VideoMAE V2's, and the biases of transformer
     ("attn.query.bias", "attn.q_bias"),
     ("attn.value.bias", "attn.v_bias"),
 ]
-PREFIXES = re.compile(r"^((module|model|net|backbone|student|base_model)\.)+")  # of wrappers
+PREFIXES = re.compile(r"^((module|model|net|backbone|student|base_model)\.)+")  # from wrappers
 HEADS = ("decoder.", "classifier.", "fc_norm.", "videomae.encoder.norm.", "encoder.norm.")
 
 
 def rename(name: str, pairs) -> str:
-    """Replace (old, new) parts of a dotted name, one pair after the other."""
+    """Apply (old, new) replacements to a dotted name, in order."""
     name = f"^{name}"
     for old, new in pairs:
         name = name.replace(old, new)
@@ -75,26 +75,26 @@ def rename(name: str, pairs) -> str:
 
 
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights -> the names of this project, those of an encoder alone as "videomae.".
-    Query, key and value become one matrix, a Conv3d (D, C, pt, ph, pw) a Linear (D, pt ph pw C)."""
+    """Published weights -> this project's names, with "videomae." added to a bare encoder's. Query,
+    key and value are merged; a Conv3d (D, C, pt, ph, pw) becomes a Linear (D, pt ph pw C)."""
     out = {}
     for original, x in state_dict.items():
-        name = PREFIXES.sub("", original.replace("_orig_mod.", ""))  # torch.compile's, anywhere
+        name = PREFIXES.sub("", original.replace("_orig_mod.", ""))  # from torch.compile, anywhere
         name = rename(name, NAMES + OTHER_NAMES)
         if name in out:
-            raise ValueError(f"state_dict: two weights are {name}, the second is {original}")
+            raise ValueError(f"state_dict: two weights map to {name}, one is {original}")
         out[name] = rearrange(x, "d c pt ph pw -> d (pt ph pw c)") if x.ndim == 5 else x
     for query in [name for name in out if name.endswith("attn.query.weight")]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         matrices = [out.pop(name) for name in names if name in out]
         out[query.replace("query", "qkv")] = torch.cat(matrices)
     if "videomae.encoder.patch_embed.weight" not in out:
-        raise ValueError(f"state_dict: expected a VideoMAE, got {list(state_dict)[:4]} ...")
+        raise ValueError(f"state_dict: expected VideoMAE weights, got {list(state_dict)[:4]} ...")
     return out
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights in transformers' names and shapes: `convert_state_dict` undone."""
+    """A model's weights in transformers' names and shapes, the inverse of `convert_state_dict`."""
     backwards = [(here, there) for there, here in reversed(NAMES)]
     pt, ps = model.config.tubelet_size, model.config.patch_size
     out = {}
@@ -112,14 +112,14 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 # ---- Files --------------------------------------------------------------------------------------
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors",  # whole, or in shards
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors",  # one file, or shards
            "pytorch_model.bin", "pytorch_model-*-of-*.bin")
 PROCESSOR_FILE = "preprocessor_config.json"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "model_ema")
 
 
 def find(source: str | os.PathLike, subfolder: str = "", **hub) -> Path:
-    """A local path as it is; a hub id -> the directory it is downloaded to, once."""
+    """A local path, returned unchanged, or a hub id -> the directory of its cached download."""
     path = Path(source)
     if not path.exists():
         try:
@@ -138,7 +138,7 @@ def find(source: str | os.PathLike, subfolder: str = "", **hub) -> Path:
 
 
 def read_checkpoint(source: str | os.PathLike, **hub) -> tuple[dict[str, Tensor], dict]:
-    """-> the state dict as it was saved, and what the config.json beside it says, {} without."""
+    """-> the state dict as saved, and the contents of the config.json beside it, {} if missing."""
     path = find(source, **hub)
     directory, files = path.parent, [] if path.suffix == ".json" else [path]
     if path.is_dir():
@@ -152,20 +152,20 @@ def read_checkpoint(source: str | os.PathLike, **hub) -> tuple[dict[str, Tensor]
 
 
 def read_file(path: Path) -> dict:
-    """What a .json, a .safetensors or a file of torch.save holds; never executes code from it."""
+    """The contents of a .json, .safetensors or torch.save file; never executes code from it."""
     try:
         if path.suffix == ".json":
             return {**json.loads(path.read_text(encoding="utf-8"))}
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile  # a checksum differs, which torch does not see
-        with torch.serialization.safe_globals([Namespace]):  # the authors' command line
+            raise zipfile.BadZipFile  # torch does not verify checksums
+        with torch.serialization.safe_globals([Namespace]):  # the authors save their arguments
             content = {**torch.load(path, map_location="cpu", weights_only=True)}
-    except Exception as error:  # not chained: torch's text proposes to execute the file
-        reason = f"missing, damaged, or more than plain data ({type(error).__name__})"
+    except Exception as error:  # not chained, as torch's message suggests executing the file
+        reason = f"missing, damaged, or not plain data ({type(error).__name__})"
         if blocked := re.search(r"GLOBAL (\S+) w", str(error)):
-            reason = f"holds a {blocked[1]}, which is not plain data; save the weights without it"
+            reason = f"contains {blocked[1]}, which is not plain data; save the weights without it"
         raise ValueError(f"{path}: {reason}") from None
     for name in 2 * CONTAINERS:
         content = content[name] if isinstance(content.get(name), dict) else content
@@ -176,7 +176,7 @@ def read_file(path: Path) -> dict:
 
 
 def write_atomic(path: Path, write):
-    """Call write(a binary file) for a temporary file, then rename: readers see all or nothing."""
+    """Call write(file) on a temporary binary file, then rename it: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -190,11 +190,11 @@ def write_atomic(path: Path, write):
 
 
 def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
-    """Write files that must not exist yet, unless with the same content."""
+    """Write files; raise if one already exists with different content."""
     for name, content in contents.items():
         path = Path(directory) / name
         if path.exists() and path.read_bytes() != content:
-            raise ValueError(f"directory: {path} exists already, with other content")
+            raise ValueError(f"directory: {path} already exists with different content")
     for name, content in contents.items():
         write_atomic(Path(directory) / name, lambda file, content=content: file.write(content))
 
@@ -203,14 +203,14 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
 
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 NO_EFFECT = {"attn_implementation", "label2id", "low_cpu_mem_usage", "trust_remote_code",
-             "use_fast", "use_safetensors", "weights_only"}  # accepted; label2id is used before
+             "use_fast", "use_safetensors", "weights_only"}  # ignored; split_fields reads label2id
 OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
                 "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
 
 
 def split_fields(cls, values: dict) -> tuple[dict, dict]:
-    """Settings under any of their names -> fields of dataclass `cls`, and what is left. Labels are
-    named in a list, or by number, which JSON makes a string, or by label2id alone."""
+    """Settings under any of their names -> fields of dataclass `cls`, and the rest. Labels may be a
+    list, a dict with number keys (strings in JSON), or label2id alone."""
     values = {OTHER_FIELDS.get(name, name): x for name, x in values.items()}
     labels = values.get("id2label")
     if not labels and isinstance(values.get("label2id"), dict):
@@ -219,14 +219,14 @@ def split_fields(cls, values: dict) -> tuple[dict, dict]:
         pairs = labels.items() if isinstance(labels, dict) else enumerate(labels)
         names = {str(number): name for number, name in pairs}
         if names.keys() != set(map(str, range(len(names)))):
-            raise ValueError(f"id2label: got {list(names)}, expected 0 to {len(names) - 1}")
+            raise ValueError(f"id2label: got keys {list(names)}, expected 0 to {len(names) - 1}")
         values["id2label"] = {i: names[str(i)] for i in range(len(names))}
         values.setdefault("num_labels", len(names))
     return {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}, values
 
 
 def sort_options(cls, options: dict) -> tuple[dict, dict]:
-    """Keyword arguments of a from_pretrained -> fields of dataclass `cls`, options of the hub."""
+    """Keyword arguments of from_pretrained -> fields of dataclass `cls`, and hub options."""
     known, more = split_fields(cls, options)
     if unknown := more.keys() - HUB_OPTIONS - NO_EFFECT:
         raise TypeError(f"{cls.__name__}: got unknown {sorted(unknown)}, see docs/transformers.md")
@@ -234,7 +234,7 @@ def sort_options(cls, options: dict) -> tuple[dict, dict]:
 
 
 def fields_from_json(cls, values: dict) -> dict:
-    """A JSON file of any transformers -> fields of dataclass `cls`, unknown ones as "extra"."""
+    """JSON of any transformers version -> fields of dataclass `cls`, unknown ones in "extra"."""
     if values.get("model_type", "videomae") != "videomae":
         raise ValueError(f"model_type: got {values['model_type']!r}, expected 'videomae'")
     known, extra = split_fields(cls, values)
@@ -245,7 +245,7 @@ def fields_from_json(cls, values: dict) -> dict:
 
 
 def fits(value, kind) -> bool:
-    """Whether a value from a JSON file is of a field's kind. Implausibly large ones never match."""
+    """Whether a JSON value matches a field's type. Implausibly large numbers never do."""
     if isinstance(kind, UnionType):
         return any(fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -262,21 +262,21 @@ PUBLISHED_SIZE = dict(num_frames=16, image_size=224)
 
 
 def config_fields(config: videomae.VideoMAEConfig) -> dict:
-    """Without what others, such as transformers' Trainer, have set on it."""
+    """The dataclass fields, without attributes added by others such as transformers' Trainer."""
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 def config_to_json(config: videomae.VideoMAEConfig) -> dict:
-    """For a config.json that every transformers reads."""
+    """The contents of a config.json that every transformers version reads."""
     values = config_fields(config)
-    del values["num_labels"]  # as in transformers, the number of names says it
+    del values["num_labels"]  # as in transformers, id2label implies it
     values |= dict(model_type="videomae", qkv_bias=values.pop("qv_bias"), label2id=config.label2id)
     return values.pop("extra") | values
 
 
 def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
-    """For a preprocessor_config.json: frames as the authors prepare them, the rest as by default.
-    Their short side becomes the model's long one, so that frames of any shape can be cropped."""
+    """The contents of a preprocessor_config.json: the authors' settings, or else the defaults.
+    The short side becomes the model's long one, so that frames of any shape can be cropped."""
     height, width = config.image_hw
     return dict(size={"shortest_edge": max(height, width)},
                 crop_size={"height": height, "width": width},
@@ -285,12 +285,12 @@ def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
 
 
 def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
-    """Config fields from the weights' shapes. What these do not tell is assumed and logged, unless
-    it is `known`: the published 16 frames of 224 x 224, and heads of 64 numbers."""
+    """Config fields inferred from the weights' shapes. The others, unless `known`, are assumed and
+    logged: the published 16 frames of 224 x 224, and heads of width 64."""
     weights = convert_state_dict(state_dict)
     conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
     if conv is None:  # this project's own names
-        raise ValueError("the weights do not tell their config, pass config=VideoMAEConfig(...)")
+        raise ValueError("config: cannot be inferred from these weights, pass VideoMAEConfig(...)")
     told = dict(zip(("num_channels", "tubelet_size", "patch_size"), conv.shape[1:4], strict=True))
     told |= dict(qv_bias="videomae.encoder.blocks.0.attn.q_bias" in weights,
                  use_mean_pooling="videomae.encoder.norm.weight" not in weights,
@@ -308,16 +308,16 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
                      f"{prefix}num_hidden_layers": len(layers)}
             heads = f"{prefix}num_attention_heads"
             if width % 64 and heads not in known:
-                raise ValueError(f"{heads}: pass it, since a width of {width} does not tell it")
+                raise ValueError(f"{heads}: cannot be inferred from a width of {width}, pass it")
             assumed[heads] = min(width // 64, most_heads)
     if assumed := {name: x for name, x in assumed.items() if name not in known}:
-        logger.warning(f"not told by the weights, assumed: {assumed}")
+        logger.warning(f"assumed, as the weights do not determine it: {assumed}")
     return told | assumed | known
 
 
 def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dict):
-    """The config of a checkpoint, `values` being its config.json's, with fields of the caller's."""
-    is_v2 = isinstance(values.get("model_config"), dict)  # VideoMAE V2's, which says little
+    """A checkpoint's config, from the `values` of its config.json and the caller's overrides."""
+    is_v2 = isinstance(values.get("model_config"), dict)  # VideoMAE V2's, with few fields
     known = fields_from_json(videomae.VideoMAEConfig, values["model_config"] if is_v2 else values)
     if is_v2 or not values:
         if not issubclass(cls, videomae.VideoMAEForPreTraining):  # the decoder is dropped
@@ -325,15 +325,15 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dic
         known = infer_config(state_dict, **overrides | known) | PUBLISHED_SIZE | known
     published = videomae.VideoMAEConfig(**known)
     if overrides.get("num_labels", published.num_labels) != published.num_labels:
-        overrides = {"id2label": None} | overrides  # the names are of the old labels
+        overrides = {"id2label": None} | overrides  # they name the old labels
     config = replace(published, **overrides)
     if config.grid != published.grid and "position_grid" not in overrides:
         grid = tuple(published.position_grid or published.grid)
-        raise ValueError(f"position_grid: the grid changes from {published.grid} to {config.grid}, "
-                         f"expected {grid} to interpolate the positions, or None for new ones")
+        raise ValueError(f"position_grid: the grid changes from {published.grid} to {config.grid}; "
+                         f"pass {grid} to interpolate the positions, or None for new ones")
     layers = max(config.num_hidden_layers, config.decoder_num_hidden_layers)
-    if layers > 1000 or config.num_patches > 100_000:  # which would fill the memory
-        raise ValueError(f"config: got {layers} layers and {config.num_patches} patches")
+    if layers > 1000 or config.num_patches > 100_000:  # would exhaust the memory
+        raise ValueError(f"config: got {layers} layers and {config.num_patches} patches, too many")
     return config
 
 
@@ -341,19 +341,19 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dic
 
 def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=None, dtype=None,
                torch_dtype=None, **options) -> nn.Module:
-    """A checkpoint -> a model in evaluation mode, in float32 unless dtype says otherwise.
+    """Load a checkpoint -> a model in evaluation mode, in float32 unless dtype is given.
 
-    strict: a weight that is missing, unknown or of another shape is an error; only new heads and an
-        unneeded decoder are logged. False loads what fits and logs the rest.
-    ignore_mismatched_sizes: weights of another shape are newly initialized and logged.
-    config: a VideoMAEConfig, instead of what the checkpoint says.
+    strict: a missing, unknown or mismatched weight is an error; only a new head and an unused
+        decoder are logged. False loads the weights that fit and logs the rest.
+    ignore_mismatched_sizes: weights of a different shape are newly initialized and logged.
+    config: a VideoMAEConfig that overrides the checkpoint's.
     dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
     options: fields of VideoMAEConfig, label2id, and HUB_OPTIONS."""
     if not isinstance(config, (videomae.VideoMAEConfig, type(None))):
-        raise TypeError(f"config: got {type(config).__name__}, expected VideoMAEConfig of videomae")
+        raise TypeError(f"config: got {type(config).__name__}, expected VideoMAEConfig (videomae)")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    if config:  # a position_grid of None is only its default
+    if config:  # position_grid=None is only its default
         given = config_fields(config)
         given = {name: x for name, x in given.items() if name != "position_grid" or x}
         options = given | options
@@ -381,8 +381,8 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
 
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, replaced: tuple):
-    """The weights that a model uses. What is new or not used is logged, or an error if strict; a
-    head is taken whole or not at all. replaced: prefixes of what may come in another shape."""
+    """The weights that a model uses. New and unused ones are logged, or raise if strict. A head is
+    used whole or not at all. replaced: prefixes of names whose shapes may differ."""
     expected = model.state_dict()
     if not any(name.startswith("videomae.") for name in expected):  # the encoder alone
         weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
@@ -398,7 +398,7 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, repl
     missing, unknown = model.load_state_dict(used | fresh, strict=strict, assign=True)
 
     def by_head(names, everything):
-        """A head all of whose weights are among the names stands for them."""
+        """Replace all the weights of a head by its name, if all are among the names."""
         whole = [head for head in HEADS
                  if names >= {name for name in everything if name.startswith(head)}]
         return sorted({next(filter(name.startswith, whole), name) for name in names})
@@ -411,7 +411,7 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, repl
 
 
 def save_model(model: nn.Module, directory: str | os.PathLike):
-    """config.json and model.safetensors, as transformers writes them."""
+    """Write config.json and model.safetensors as transformers does."""
     config, default = vars(model.config), vars(videomae.VideoMAEConfig())
     for name in ("position_embedding", "position_grid", "head_norm_eps"):
         if config[name] != default[name]:
@@ -428,7 +428,7 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
 # ---- The command line ---------------------------------------------------------------------------
 
 def main(source: str, target: str | None = None, **options):
-    """Print what a checkpoint is and check its numbers; write it to `target`, for transformers."""
+    """Describe a checkpoint, check that it is finite, and write it to `target` for transformers."""
     path = find(source, **{name: options[name] for name in HUB_OPTIONS & options.keys()})
     names = convert_state_dict(read_checkpoint(path)[0])
     kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,
@@ -438,7 +438,7 @@ def main(source: str, target: str | None = None, **options):
     count = sum(x.numel() for x in model.parameters())
     print(f"{source}: {cls.__name__}, {count / 1e6:.2f} M parameters\n{model.config}")
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
-        raise ValueError(f"{source}: not finite: {', '.join(broken)}")
+        raise ValueError(f"{source}: weights are not finite: {', '.join(broken)}")
     if target:
         processor = json.dumps(processor_to_json(model.config), indent=2).encode()
         if (path / PROCESSOR_FILE).exists() and "image_size" not in options:

@@ -1,4 +1,4 @@
-"""Frames as any decoder gives them -> the pixel_values that published checkpoints expect: within
+"""Convert frames in any common form to the pixel_values that published checkpoints expect, within
 one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
 """
 import json
@@ -12,12 +12,12 @@ from torch import Tensor
 from checkpoints import PROCESSOR_FILE, fields_from_json, find, read_file, sort_options, write_new
 from videomae import check_choice, resize
 
-# One number for all channels, or one for each:
+# One number for all channels, or one per channel:
 PerChannel = float | tuple[float] | tuple[(float,) * 2] | tuple[(float,) * 3] | tuple[(float,) * 4]
 
 
 class BatchFeature(dict):
-    """{"pixel_values": ...}, each key also as an attribute; the name is transformers'."""
+    """A dict {"pixel_values": ...} whose keys are also attributes, named as in transformers."""
 
     def __getattr__(self, name):
         if name not in self:
@@ -25,7 +25,7 @@ class BatchFeature(dict):
         return self[name]
 
     def to(self, *args, **kwargs) -> "BatchFeature":
-        """Move every tensor, and cast those of floats; in place, as in transformers."""
+        """Move all tensors and cast float ones, in place, as in transformers."""
 
         def move(x):
             if isinstance(x, (list, tuple)):
@@ -40,20 +40,20 @@ class BatchFeature(dict):
 
 @dataclass
 class VideoMAEImageProcessor:
-    """Resize, crop the centre, scale to [0, 1], normalize. The published *checkpoints*, and the
-    pretraining target, use `image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD`."""
+    """Resize, centre-crop, scale to [0, 1] and normalize. The defaults are transformers'; published
+    checkpoints and the pretraining target use image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD."""
 
     do_resize: bool = True
-    size: int | tuple[int, int] | dict = 224  # of the short side, or (height, width)
+    size: int | tuple[int, int] | dict = 224  # short side, or (height, width)
     resample: int = 2  # Pillow's filter: 0 nearest, 2 bilinear, 3 bicubic ...
     do_center_crop: bool = True
-    crop_size: int | tuple[int, int] | dict = 224  # of a square, or (height, width)
+    crop_size: int | tuple[int, int] | dict = 224  # side of a square, or (height, width)
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
     image_mean: PerChannel = (0.5, 0.5, 0.5)
     image_std: PerChannel = (0.5, 0.5, 0.5)
-    extra: dict = field(default_factory=dict)  # what else a file holds
+    extra: dict = field(default_factory=dict)  # a file's other fields, kept for saving
 
     def __post_init__(self):
         self.size = read_size("size", self.size, {"shortest_edge"})
@@ -64,18 +64,18 @@ class VideoMAEImageProcessor:
                                            for x in (self.image_mean, self.image_std))
         mean, std = self.image_mean, self.image_std
         if 0 in np.ravel(std) or np.ndim(mean) and np.ndim(std) and len(mean) != len(std):
-            raise ValueError(f"image_std: got {std} for image_mean {mean}")
+            raise ValueError(f"image_std: got {std} for mean {mean}, expected equal lengths, no 0")
 
     def __call__(self, videos=None, return_tensors=None, data_format="channels_first",
                  input_data_format=None, images=None, **options) -> BatchFeature:
-        """One video or a batch of them -> {"pixel_values": float32}, as many frames as came in.
+        """One video or a batch of them -> {"pixel_values": float32}, with every frame kept.
 
-        videos or images: a list or an array of frames; or of several videos; or one image. A frame
-            is a PIL image, or (H, W), (H, W, C) or (C, H, W), with numbers from 0 to 255, or floats
-            from 0 to 1 and do_rescale=False.
-        return_tensors: "pt": a tensor (B, T, C, H, W); "np": an array; None: a list of tensors.
-        data_format: "channels_last" returns (..., H, W, C). input_data_format: that of the frames,
-            where either could be right. options: any field of the class, for this call."""
+        videos or images: a list or an array of frames, or of videos, or a single image. A frame is
+            a PIL image, or an array (H, W), (H, W, C) or (C, H, W) with numbers from 0 to 255, or
+            from 0 to 1 with do_rescale=False.
+        return_tensors: "pt" for a tensor (B, T, C, H, W), "np" for an array, None for a list.
+        data_format: "channels_last" returns (..., H, W, C). input_data_format: the frames' own, if
+            ambiguous. options: any fields of the class, overridden for this call."""
         stack = {"pt": torch.stack, "np": np.stack, None: list}
         check_choice("return_tensors", return_tensors, stack)
         check_choice("data_format", data_format, ("channels_first", "channels_last"))
@@ -109,13 +109,13 @@ class VideoMAEImageProcessor:
             x = x * self.rescale_factor
         if self.do_normalize:
             if any(np.ndim(numbers) and len(numbers) != x.shape[1] for numbers in (mean, std)):
-                raise ValueError(f"image_mean: got {mean}, expected {x.shape[1]} numbers, or one")
+                raise ValueError(f"image_mean, image_std: expected one number, or {x.shape[1]}")
             x = (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
         return x
 
     @classmethod
     def from_pretrained(cls, source, **options) -> "VideoMAEImageProcessor":
-        """From a directory, its preprocessor_config.json, or a hub id, "MCG-NJU/videomae-base".
+        """Load a directory, a preprocessor_config.json or a hub id such as "MCG-NJU/videomae-base".
         options: any field of the class, and checkpoints.HUB_OPTIONS."""
         overrides, hub = sort_options(cls, options)
         path = find(source, **hub)
@@ -131,11 +131,11 @@ class VideoMAEImageProcessor:
         return values.pop("extra") | values
 
     def save_pretrained(self, directory):
-        """Write preprocessor_config.json, for transformers too. Overwrites nothing."""
+        """Write preprocessor_config.json, readable by transformers. Never overwrites."""
         write_new(directory, {PROCESSOR_FILE: json.dumps(self.to_dict(), indent=2).encode()})
 
 
-# ---- Settings and frames in all their forms -----------------------------------------------------
+# ---- Parsing settings and frames ----------------------------------------------------------------
 
 def read_size(name: str, size, keys: set[str]) -> dict[str, int]:
     """A dict, (height, width), or one number for all the keys -> a dict."""
@@ -145,7 +145,7 @@ def read_size(name: str, size, keys: set[str]) -> dict[str, int]:
         size = {"height": size[0], "width": size[1]}
     is_fine = isinstance(size, dict) and set(size) in (keys, {"height", "width"})
     if not is_fine or not all(type(x) is int and 0 < x < 10_000 for x in size.values()):
-        raise ValueError(f"{name}: got {size}, expected pixels, as one number or (height, width)")
+        raise ValueError(f"{name}: got {size}, expected one number of pixels or (height, width)")
     return size
 
 
@@ -164,7 +164,7 @@ def read_frame(frame, input_data_format: str | None) -> Tensor:
     if isinstance(frame, Tensor):
         frame = (frame.float() if frame.is_floating_point() else frame).detach().cpu().numpy()
     elif getattr(frame, "mode", "L") not in ("L", "LA", "RGB", "RGBA"):
-        raise ValueError(f"videos: got a PIL image of mode {frame.mode}, expected RGB")
+        raise ValueError(f"videos: got a PIL image of mode {frame.mode}, expected RGB(A) or L(A)")
     frame = np.asarray(frame)
     if frame.dtype.kind == "f":
         frame = frame.astype(np.float32)
@@ -182,20 +182,20 @@ def read_frame(frame, input_data_format: str | None) -> Tensor:
                    for axis, name in ((0, "channels_first"), (2, "channels_last")))
     if first == last or 0 in frame.shape:
         raise ValueError(f"videos: got a frame of shape {tuple(frame.shape)}, expected 1, 3 or 4 "
-                         "channels, first or last, or input_data_format if it is either")
+                         "channels, first or last; pass input_data_format if ambiguous")
     return rearrange(frame, "c h w -> h w c") if first else frame
 
 
 def check_range(frames: list[Tensor], top: int):
-    """Raise unless the numbers can be from 0 to `top`, which is 255 or 1."""
+    """Raise unless the numbers plausibly range from 0 to `top`, which is 255 or 1."""
     if top == 255 and all(frame.dtype == torch.uint8 for frame in frames):
         return
     low, high = min(x.min().item() for x in frames), max(x.max().item() for x in frames)
-    # Within [0, 1] they are not from 0 to 255, unless whole numbers, of a very dark clip.
+    # Numbers in [0, 1] are not on the scale to 255, unless all are whole: a very dark clip.
     is_scaled = top == 255 and high <= 1.01 and any((x != x.round()).any() for x in frames)
     if is_scaled or not (-0.01 <= low and high <= top + 0.01):
-        raise ValueError(f"videos: got floats from {low:g} to {high:g}, expected 0 to {top}; pass "
-                         "do_rescale=False for 0 to 1, and do_normalize=False too if normalized")
+        raise ValueError(f"videos: got numbers from {low:g} to {high:g}, expected 0 to {top}; pass "
+                         "do_rescale=False for 0 to 1, and do_normalize=False if normalized")
 
 
 def resize_as(frames: Tensor, resample: int, height=0, width=0, shortest_edge=0) -> Tensor:
@@ -205,7 +205,7 @@ def resize_as(frames: Tensor, resample: int, height=0, width=0, shortest_edge=0)
         height, width = (int(shortest_edge * side / min(h, w)) for side in (h, w))
     if (height, width) == (h, w):
         return frames
-    if resample == 2:  # Pillow's numbers, over ten times faster
+    if resample == 2:  # matches Pillow and is over ten times faster
         return resize(frames, height, width)
     from PIL import Image
 
@@ -219,5 +219,5 @@ def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
     h, w = frames.shape[2:]
     top, left = (h - height) // 2, (w - width) // 2
     if min(top, left) < 0:
-        raise ValueError(f"crop_size: got {height} x {width}, expected within {h} x {w}")
+        raise ValueError(f"crop_size: got {height} x {width}, expected at most {h} x {w}")
     return frames[..., top : top + height, left : left + width]

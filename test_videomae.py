@@ -1,10 +1,10 @@
-"""Parity tests: the outputs and gradients of the published implementations; then masks and
-preprocessing, errors instead of silence, and the changes that research makes to the file.
+"""Parity tests of outputs and gradients against the published implementations; then tests of masks,
+preprocessing and error messages, and of typical research changes to the model.
 
     python -m pytest -q test_videomae.py
 
-Tests that need transformers or safetensors (the test extra installs both) are skipped where those
-are missing, and say so. Checkpoint files and the image processor have their own tests, in tests/.
+Tests that need transformers or safetensors (the test extra installs both) are skipped, with a
+reason, if those are missing. Tests of checkpoint files and the image processor are in tests/.
 """
 import os
 import warnings
@@ -43,7 +43,7 @@ from videomae import (
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # relative, float32
-DEVICE = os.environ.get("VIDEOMAE_DEVICE", "cpu")  # of the equality tests; `make gpu` says cuda
+DEVICE = os.environ.get("VIDEOMAE_DEVICE", "cpu")  # for the equality tests; `make gpu` sets cuda
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def relative_error(ours, theirs):
 
 
 def check_same(title, pairs):
-    """{name: (ours, theirs)}: print the largest relative error, which TOLERANCE limits."""
+    """Print the largest relative error of {name: (ours, theirs)}; it must be within TOLERANCE."""
     errors = {name: relative_error(*pair) for name, pair in pairs.items()}
     worst = max(errors, key=errors.get)
     print(f"\n{title}: largest relative error {errors[worst]:.1e}, of {worst}")
@@ -66,7 +66,7 @@ def check_same(title, pairs):
 
 
 # --------------------------------------------------------------------------------------------------
-# Same numbers as transformers, live, on random weights
+# Parity with transformers, run live on random weights
 
 SMALL = dict(
     image_size=32, patch_size=8, num_frames=8,
@@ -91,11 +91,11 @@ CONFIGS = {
 
 
 def their_model(name, kind, **fields):
-    """A transformers model whose weights are large enough that each matters, with biases not 0."""
+    """A transformers model with weights large enough that each matters, and nonzero biases."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(len(name))
-    transformers.activations.ACT2FN["selu"] = nn.SELU  # documented for VideoMAE, missing there
-    fields = {**CONFIGS[name], **fields, "attn_implementation": "eager"}  # which shows attentions
+    transformers.activations.ACT2FN["selu"] = nn.SELU  # documented for VideoMAE, but missing
+    fields = {**CONFIGS[name], **fields, "attn_implementation": "eager"}  # which returns attentions
     model = getattr(transformers, kind)(transformers.VideoMAEConfig(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ def their_model(name, kind, **fields):
 
 
 def check_same_model(title, ours, theirs, inputs):
-    """With the same weights, every output, asked for or not, and every gradient agree."""
+    """With the same weights, all outputs, including optional ones, and all gradients agree."""
 
     def convert(tensors):
         tensors = convert_state_dict(tensors)
@@ -123,7 +123,7 @@ def check_same_model(title, ours, theirs, inputs):
 
     for output in (our_output, their_output):
         (output.loss if "loss" in names else output.last_hidden_state.square().mean()).backward()
-    # Gradients are laid out as weights are, so the conversion of weights serves them too.
+    # Gradients are laid out as weights are, so the same conversion applies to them.
     our_gradients = {name: p.grad for name, p in ours.named_parameters()}
     their_gradients = convert({name: p.grad for name, p in theirs.named_parameters()})
     assert our_gradients.keys() == their_gradients.keys()
@@ -137,7 +137,7 @@ def check_same_model(title, ours, theirs, inputs):
         x, y = getattr(our_output, name), their_output[name]
         x, y = (x, y) if isinstance(x, tuple) else ([x], [y])
         for i, pair in enumerate(zip(x, y, strict=True)):
-            pairs[f"{name} {i}, all asked for"] = pair
+            pairs[f"{name} {i}, all requested"] = pair
     check_same(title, pairs)
     assert type(plain) is tuple and len(plain) == len(names)
     assert all(torch.equal(x, getattr(named, name)) for x, name in zip(plain, names, strict=True))
@@ -162,7 +162,7 @@ def test_pretraining_equals_transformers(name):
 @pytest.mark.parametrize("name, num_labels", [
     *((name, 5) for name in CONFIGS if name != "ViT-B"), ("small", 1)])
 def test_classifier_equals_transformers(name, num_labels):
-    """With five labels, and with one: regression. A ViT sees all patches, of 8 frames only."""
+    """Classify five labels, and regress one. To save time, a ViT takes only 8 frames."""
     fields = dict(num_labels=num_labels) | (dict(num_frames=8) if name.startswith("ViT") else {})
     ours = VideoMAEForVideoClassification(VideoMAEConfig(**CONFIGS[name] | fields))
     theirs = their_model(name, "VideoMAEForVideoClassification", **fields)
@@ -182,7 +182,7 @@ def test_encoder_equals_transformers(name, masked):
 
 
 # --------------------------------------------------------------------------------------------------
-# Same numbers as the published code, from files it made (golden/)
+# Parity with the published code, from files it wrote (golden/)
 
 
 AUTHORS = dict(layer_norm_eps=1e-6, head_norm_eps=1e-6)
@@ -238,13 +238,13 @@ def test_equals_transformers_4(kind):
         "logits, head_mask": (headless.logits, golden["head_mask_logits"]),
     }
     *hidden_states, last = output.hidden_states
-    hidden_states.append(model.videomae.encoder.norm(last))  # as 4.57 shows it; 5.23 does not
+    hidden_states.append(model.videomae.encoder.norm(last))  # as 4.57 returns it, unlike 5.23
     for name, ours in (("hidden_states", hidden_states), ("attentions", output.attentions)):
         for i, pair in enumerate(zip(ours, golden[name], strict=True)):
             pairs[f"{name} {i}"] = pair
     check_same(f"transformers 4.57, {kind}", pairs)
 
-    # A mask of ones is no mask, one row stands for every layer, and nothing of a mask stays behind.
+    # A mask of ones has no effect, one row applies to every layer, and no mask outlasts its call.
     plain = model(**inputs).logits
     assert relative_error(model(**inputs, head_mask=torch.ones(3)).logits, plain) <= TOLERANCE
     row = torch.tensor([1.0, 0.0, 1.0])
@@ -313,7 +313,7 @@ def test_masks(kind, batch, t, h, w, ratio, seed):
     for index in (visible, masked):
         assert (index.diff(dim=1) > 0).all(), "in increasing order"
     for same in (mask.numpy(), mask.tolist()):
-        assert torch.equal(split_mask(same)[1], masked), "an array and lists are masks, too"
+        assert torch.equal(split_mask(same)[1], masked), "arrays and lists are accepted, too"
 
 
 def test_every_tube_is_masked_equally_often():
@@ -336,7 +336,7 @@ def test_encoder_does_not_see_masked_pixels_and_loss_does_not_see_visible_ones()
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_reconstruction_keeps_visible_pixels_and_draws_predictions(norm_pix_loss):
-    """With the truth as prediction, the picture is the original: normalization is undone."""
+    """If the prediction is the truth, the picture is the original, so normalization is undone."""
     model = VideoMAEForPreTraining(VideoMAEConfig(**SMALL, norm_pix_loss=norm_pix_loss))
     frames = torch.randint(256, (2, 8, 3, 32, 32), dtype=torch.uint8)
     clip, mask = normalize(frames), random_mask("tube", 2, model.config.grid, 0.75)
@@ -363,7 +363,7 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 
 @pytest.mark.parametrize("height, width", [(240, 320), (500, 281), (224, 224), (113, 150)])
 def test_preprocess_equals_transformers(height, width):
-    """Within one 8-bit level of transformers' Pillow processor, 0.01 level in the mean."""
+    """Within one 8-bit level of transformers' Pillow processor, and 0.01 levels on average."""
     theirs = pytest.importorskip("transformers.models.videomae.image_processing_pil_videomae",
                                  reason="transformers is not installed")
     theirs = theirs.VideoMAEImageProcessorPil(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
@@ -382,7 +382,7 @@ def test_preprocess_equals_transformers(height, width):
     st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64])))
 @settings(deadline=None, max_examples=60)
 def test_preprocess_covers_the_models_rectangle(height, width, model_hw):
-    """Any frame gives the model's size; one colour stays one colour, without borders."""
+    """Frames of any size fit the model; a uniform colour stays uniform, without borders."""
     config = VideoMAEConfig(image_size=model_hw)
     frames = torch.full((2, height, width, 3), 200, dtype=torch.uint8)
     if width == 3 or height == 3:
@@ -411,8 +411,8 @@ def test_frame_indices_are_a_clip_within_the_video(total, count, stride, start):
 
 
 def test_pretraining_compiles_to_one_graph_and_reads_no_value_back():
-    """fullgraph=True refuses a graph break. Fake tensors have no values: code that reads one, as a
-    copy from a GPU would, raises."""
+    """fullgraph=True refuses graph breaks. Fake tensors have no values, so code that reads one, as
+    a copy from a GPU does, raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = VideoMAEConfig(**SMALL, **FIRST_TOKEN, drop_path_rate=0.1)
@@ -440,7 +440,7 @@ def test_pretraining_compiles_to_one_graph_and_reads_no_value_back():
 
 
 def test_classifier_is_exported():
-    """torch.export with any batch size; the program gives the model's numbers."""
+    """torch.export supports any batch size, and the program gives the model's outputs."""
     model = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL, num_labels=5)).eval()
     clip, _ = clip_and_mask(model.config)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -453,8 +453,8 @@ def test_classifier_is_exported():
 # Outputs and options under transformers' names
 
 
-def test_outputs_hold_what_there_is():
-    """As in transformers: output[0] is the loss, or the logits where there are no labels."""
+def test_outputs_omit_missing_fields():
+    """As in transformers, output[0] is the loss, or the logits if there are no labels."""
     model = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL)).eval()
     clip, _ = clip_and_mask(model.config)
     plain = model(clip)
@@ -467,13 +467,13 @@ def test_outputs_hold_what_there_is():
     assert torch.allclose(skipped, F.cross_entropy(plain.logits[1:], torch.tensor([1])))
 
     model.config.extra = dict(output_attentions=True, return_dict=False)
-    logits, attentions = model(clip)  # what the config says
+    logits, attentions = model(clip)  # as the config asks
     assert torch.allclose(logits, plain.logits, atol=1e-6) and len(attentions) == 3
     assert model(clip, output_attentions=False, return_dict=True)._fields == ("logits",)
 
 
-def test_looking_inside_a_changed_attention_is_refused():
-    """By class or on the instance: its weights are unknown, and a head mask would do nothing."""
+def test_options_that_need_weights_refuse_an_overridden_attention():
+    """By class or on the instance. Its weights are unknown, so a head mask would do nothing."""
     clip, _ = clip_and_mask(VideoMAEConfig(**SMALL))
 
     class Uniform(videomae.Attention):
@@ -502,14 +502,14 @@ def test_looking_inside_a_changed_attention_is_refused():
             with pytest.raises(TypeError, match="head_mask, output_.*: got an overridden"):
                 model(clip, **options)
         assert len(model(clip, output_hidden_states=True).hidden_states) == 4
-        assert torch.equal(model(clip)[0], before), "a look leaves nothing behind"
+        assert torch.equal(model(clip)[0], before), "options do not outlast their call"
 
     model.encoder = EncoderWithCLS(model.config)  # records nothing
     with pytest.raises(TypeError, match="output_.*: got an overridden .* encoder"):
         model(clip, output_hidden_states=True)
 
 
-def test_threads_share_a_model_and_a_look_stays_in_its_call():
+def test_threads_share_a_model_without_mixing_options():
     model = VideoMAEModel(VideoMAEConfig(**SMALL)).eval()
     clip, _ = clip_and_mask(model.config)
     options = [{}, dict(head_mask=torch.tensor([1.0, 0.0, 1.0]), output_attentions=True)]
@@ -526,7 +526,7 @@ def test_threads_share_a_model_and_a_look_stays_in_its_call():
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad input: an error that names the argument
+# Bad input raises an error that names the argument
 
 
 @pytest.mark.parametrize("fields", [
@@ -540,14 +540,14 @@ def test_config_names_the_bad_field(fields):
         VideoMAEConfig(**fields)
 
 
-def test_names_of_labels_count_them():
+def test_id2label_sets_num_labels():
     assert VideoMAEConfig().num_labels == 2 and VideoMAEConfig(num_labels=5).num_labels == 5
     for names in ({0: "walk", 1: "run", 2: "jump"}, ["walk", "run", "jump"]):
         config = VideoMAEConfig(id2label=names)
         assert config.num_labels == 3 and config.label2id == {"walk": 0, "run": 1, "jump": 2}
 
 
-def test_pretraining_without_the_last_norm_is_warned_of():
+def test_pretraining_without_the_final_norm_warns():
     with pytest.warns(UserWarning, match="use_mean_pooling: .* pass False") as caught:
         VideoMAEForPreTraining(VideoMAEConfig(**SMALL))
     assert caught[0].filename == __file__
@@ -560,7 +560,7 @@ def test_models_refuse_wrong_inputs():
     config = VideoMAEConfig(**SMALL)
     model = VideoMAEForPreTraining(config)
     clip, mask = clip_and_mask(config)
-    uneven = mask.clone()  # the total still divides: a reshape would mix the clips
+    uneven = mask.clone()  # the total still divides, so a reshape would mix the clips
     uneven[0, mask[0].nonzero()[0, 0]], uneven[1, (~mask[1]).nonzero()[0, 0]] = False, True
     cases = [
         (clip.to(torch.uint8), mask, "pixel_values: got torch.uint8"),
@@ -607,11 +607,11 @@ def test_models_refuse_wrong_inputs():
 
 
 # --------------------------------------------------------------------------------------------------
-# Seams for research: the obvious edit works
+# Seams for research, where the obvious edit works
 
 
 def train(model, clip, mask, steps=20):
-    """-> the last loss, over the first: a few steps on one batch."""
+    """Train for a few steps on one batch -> the last loss divided by the first."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -623,7 +623,7 @@ def train(model, clip, mask, steps=20):
 
 
 def test_seam_mask_by_scores():
-    """Where a clip changes most."""
+    """Mask the patches whose pixels vary most."""
     model = VideoMAEForPreTraining(VideoMAEConfig(**SMALL))
     clip, _ = clip_and_mask(model.config)
     scores = patchify(clip, model.config).var(dim=(2, 3))  # (B, N)
@@ -635,7 +635,7 @@ def test_seam_mask_by_scores():
 
 
 def test_seam_hook_on_the_encoder():
-    """Hooks, FSDP and compile act on the call of a module, so every model has to make one."""
+    """Hooks, FSDP and compile act on module calls, so every model must call its encoder."""
     config, shapes = VideoMAEConfig(**SMALL), []
     clip, mask = clip_and_mask(config)
     for cls in (VideoMAEForPreTraining, VideoMAEForVideoClassification):
@@ -647,7 +647,7 @@ def test_seam_hook_on_the_encoder():
 
 
 class Distillation(VideoMAEForPreTraining):
-    """Predicts a frozen teacher's features of the masked patches, which need the whole clip."""
+    """Predicts a frozen teacher's features of the masked patches, computed from the whole clip."""
 
     def __init__(self, config, teacher):
         super().__init__(config)
@@ -662,7 +662,7 @@ class Distillation(VideoMAEForPreTraining):
         return 1 - F.cosine_similarity(predicted, target, dim=-1).mean(), predicted
 
 
-def test_seam_target_and_loss_of_your_own():
+def test_seam_custom_target_and_loss():
     teacher = VideoMAEModel(VideoMAEConfig(**SMALL | dict(hidden_size=24) | FIRST_TOKEN))
     model = Distillation(VideoMAEConfig(**SMALL), teacher)
     clip, mask = clip_and_mask(model.config, kind="tube")
@@ -677,7 +677,7 @@ class BlindDecoder(videomae.VideoMAEDecoder):
         return super().forward(torch.zeros_like(encoded), visible, masked)
 
 
-def test_seam_decoder_of_your_own():
+def test_seam_custom_decoder():
     model = VideoMAEForPreTraining(VideoMAEConfig(**SMALL))
     model.decoder = BlindDecoder(model.config)
     clip, mask = clip_and_mask(model.config, kind="tube")
@@ -685,7 +685,7 @@ def test_seam_decoder_of_your_own():
 
 
 class EncoderWithCLS(videomae.VideoMAEEncoder):
-    """Reads one learned token in front of the patches."""
+    """Prepends a learned token to the patches."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -700,7 +700,7 @@ class EncoderWithCLS(videomae.VideoMAEEncoder):
 
 
 class DecoderWithoutCLS(videomae.VideoMAEDecoder):
-    """Has no position for the token in front."""
+    """Drops the prepended token, which has no position."""
 
     def forward(self, encoded, visible, masked):
         return super().forward(encoded[:, 1:], visible, masked)
@@ -718,7 +718,7 @@ class ClassificationWithCLS(VideoMAEForVideoClassification):
         self.videomae.encoder = EncoderWithCLS(config)
 
 
-def test_seam_added_token_trains_and_is_read():
+def test_seam_added_token_is_trained_and_used():
     config = VideoMAEConfig(**SMALL, **FIRST_TOKEN)
     clip, mask = clip_and_mask(config, kind="tube")
     model = PreTrainingWithCLS(config)
@@ -753,7 +753,7 @@ def test_seam_changed_model_loads_published_weights_and_its_own(kind, num_new, t
 
 
 class WithinTimeSteps(videomae.VideoMAEEncoder):
-    """Attention among the patches of one time step."""
+    """Restricts attention to the patches of the same time step."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -768,7 +768,7 @@ class WithinTimeSteps(videomae.VideoMAEEncoder):
         return super().forward(patches, index, look)
 
 
-def test_seam_attention_that_knows_the_time_steps():
+def test_seam_attention_within_time_steps():
     model = VideoMAEForPreTraining(VideoMAEConfig(**SMALL))
     model.videomae.encoder = WithinTimeSteps(model.config)
     clip, mask = clip_and_mask(model.config, kind="tube")

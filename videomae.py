@@ -4,23 +4,23 @@
 
 For example, in the published ViT-B, a clip of 16 frames of 224 x 224 pixels is cut into 1,568
 patches of 2 x 16 x 16 pixels: 8 time steps of 14 x 14 spatial positions. A tube mask of ratio 0.9
-masks 176 of the 196 spatial positions, the same at every time step. So 160 visible patches enter
-the encoder, and 1,408 masked ones are predicted: 2 * 16 * 16 * 3 = 1,536 numbers each.
+masks 176 of the 196 spatial positions, the same at every time step. The 160 visible patches enter
+the encoder, and the 1,408 masked ones are predicted, each 2 * 16 * 16 * 3 = 1,536 values.
 
     import torch
     from videomae import VideoMAEConfig, VideoMAEForPreTraining, random_mask
 
     config = VideoMAEConfig.preset("base")
     model = VideoMAEForPreTraining(config)
-    clips = torch.randn(2, 16, 3, 224, 224)  # or torch.stack of what `preprocess` returns
+    clips = torch.randn(2, 16, 3, 224, 224)  # or torch.stack of `preprocess` outputs
     mask = random_mask("tube", len(clips), config.grid, mask_ratio=0.9)  # (2, 1568), True = masked
     loss = model(clips, mask).loss
     loss.backward()
 
-Part one is the method; read it from top to bottom, in the order in which data flows. Part two is
-everything else. To change the method, change the mask in `random_mask`, what is predicted in
-`VideoMAEForPreTraining.target` (and the decoder's `head`, if its width changes), the loss in
-`autoencode`, attention in `Attention.attend`. Shapes use these letters, and () is a scalar:
+Part one is the method, to be read from top to bottom, in the order in which data flows. Part two
+is everything else. To change the method, edit `random_mask` for the mask, `autoencode` for the
+loss, `Attention.attend` for attention, and `VideoMAEForPreTraining.target` for the prediction
+target (and the decoder's `head` if its width changes). Shapes use these letters; () is a scalar:
 
     B            clips in a batch
     T, C, H, W   frames, channels, rows and columns of pixels
@@ -29,14 +29,14 @@ everything else. To change the method, change the mask in `random_mask`, what is
     P            pixels in a patch, tubelet_size * patch_size^2 (the paper calls a patch a cube)
     D, D_dec     width of the encoder and of the decoder
 
-References (in this file's repository, every output and gradient is tested against 2 and 3):
+References (this file's repository tests every output and gradient against 2 and 3):
 1. Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
    Self-Supervised Video Pre-Training", NeurIPS 2022, https://arxiv.org/abs/2203.12602
 2. the authors' code, https://github.com/MCG-NJU/VideoMAE
-3. transformers 5.23, models/videomae, whose class, argument and output names are used here
+3. transformers 5.23, models/videomae, whose class, argument and output names this file uses
 
-From the project videomae-minimal 0.2, MIT License. The file works copied alone, with torch, numpy
-and einops. To load published weights, copy checkpoints.py as well.
+Part of videomae-minimal 0.2, MIT License. You can copy this file on its own; it needs only torch,
+numpy and einops. To load published weights, copy checkpoints.py as well.
 """
 import math
 import warnings
@@ -64,7 +64,7 @@ class VideoMAEConfig:
     patch_size: int = 16
     num_channels: int = 3
     num_frames: int = 16
-    tubelet_size: int = 2  # frames in a patch (a mask's tube runs through all of the frames)
+    tubelet_size: int = 2  # frames in a patch (a mask's tube spans all frames)
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -78,25 +78,25 @@ class VideoMAEConfig:
     num_labels: int | None = None  # len(id2label) by default, or 2
     id2label: dict[int, str] | None = None  # LABEL_0, LABEL_1, ... by default
 
-    # Details that a first reading can skip:
-    hidden_act: str | Callable = "gelu"  # a name in ACTIVATIONS, or a function of a tensor
+    # Details to skip on a first reading:
+    hidden_act: str | Callable = "gelu"  # a name in ACTIVATIONS, or a function on tensors
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
-    drop_path_rate: float = 0.0  # in the last block; earlier blocks have proportionally less
+    drop_path_rate: float = 0.0  # of the last block; rises linearly from 0
     initializer_range: float = 0.02  # std of mask token (truncated at one std) and classifier
     layer_norm_eps: float = 1e-12  # the authors use 1e-6 everywhere
-    head_norm_eps: float = 1e-5  # transformers keeps PyTorch's default in fc_norm and the decoder
+    head_norm_eps: float = 1e-5  # of fc_norm and the decoder's norm; PyTorch's default
     qv_bias: bool = True  # queries and values have a bias
     position_embedding: str = "sinusoid"  # as published; "separable" suits small models better
-    position_grid: tuple[int, int, int] | None = None  # of the positions, if not this model's
-    extra: dict = field(default_factory=dict)  # what else a config.json holds; kept for saving
+    position_grid: tuple[int, int, int] | None = None  # interpolate positions from this grid
+    extra: dict = field(default_factory=dict)  # a config.json's other fields, kept for saving
 
     def __post_init__(self):
         check_config(self)
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "VideoMAEConfig":
-        """A size from PRESETS, with any field overridden."""
+        """A size from PRESETS; keyword arguments override its fields."""
         check_choice("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **overrides})
 
@@ -119,7 +119,7 @@ class VideoMAEConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in a patch, P * C; 1,536 by default."""
+        """Values in a patch, P * C; 1,536 by default."""
         return self.tubelet_size * self.patch_size**2 * self.num_channels
 
     @property
@@ -128,14 +128,14 @@ class VideoMAEConfig:
         return {name: i for i, name in self.id2label.items()}
 
     def to_dict(self) -> dict:
-        """What save_pretrained writes to config.json."""
+        """The dict that save_pretrained writes to config.json."""
         return import_checkpoints().config_to_json(self)
 
 
 class VideoMAEPreTrainedModel(nn.Module):
-    """What the three models share, for those who know transformers; not needed for the method."""
+    """Base class with conveniences from transformers, which the method does not need."""
 
-    accepts_loss_kwargs = False  # transformers' Trainer then leaves the loss to `forward`
+    accepts_loss_kwargs = False  # or Trainer would pass num_items_in_batch to `forward`
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -154,11 +154,11 @@ class VideoMAEPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **options):
-        """A published checkpoint -> a model in evaluation mode; see checkpoints.load_model."""
+        """Load a checkpoint -> a model in evaluation mode; see checkpoints.load_model."""
         return import_checkpoints().load_model(cls, source, **options)
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, for transformers too. Overwrites nothing."""
+        """Write config.json and model.safetensors, readable by transformers. Never overwrites."""
         import_checkpoints().save_model(self, directory)
 
 
@@ -169,18 +169,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def frame_indices(total: int, num_frames: int = 16, stride: int = 4, start: float = 0.5) -> Tensor:
-    """Pick num_frames of a video's `total` frames, `stride` apart -> (num_frames,) int64. start: 0
-    is the earliest, 1 the latest; pass a random one in training. Short videos repeat their last."""
+    """Pick num_frames of a video's `total` frames, `stride` apart -> (num_frames,) int64. start:
+    from 0 (earliest) to 1 (latest), random in training. Short videos repeat their last frame."""
     latest = max(0, total - 1 - (num_frames - 1) * stride)
     index = round(start * latest) + stride * torch.arange(num_frames)
     return index.clamp(max=total - 1)
 
 
 def preprocess(frames, config: VideoMAEConfig) -> Tensor:
-    """The frames of a clip, uint8 and of any size -> pixel_values (T, 3, H, W) float32.
+    """A clip's uint8 frames, of any size -> pixel_values (T, 3, H, W) float32.
 
     frames: (T, H, W, 3) or (T, 3, H, W), as a list, an array or a tensor. They are resized to just
-    cover the model's input, cropped around the centre and normalized."""
+    cover the model's input, centre-cropped and normalized."""
     frames = check_frames(frames, config)  # (T, 3, H, W) uint8
     (h, w), (height, width) = frames.shape[-2:], config.image_hw
     if height * w >= width * h:  # frames are wider than the input: match the height
@@ -193,7 +193,7 @@ def preprocess(frames, config: VideoMAEConfig) -> Tensor:
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
     """(T, C, H, W) -> (T, C, height, width): bilinear, antialiased, within 1/255 of Pillow."""
-    frames = frames.contiguous(memory_format=torch.channels_last)  # torch's fast path for 8 bits
+    frames = frames.contiguous(memory_format=torch.channels_last)  # torch's fast path for uint8
     return F.interpolate(frames, (height, width), mode="bilinear", antialias=True)
 
 
@@ -221,18 +221,18 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 # ---- Masks (paper, section 3) -------------------------------------------------------------------
-# Neighbouring frames are nearly the same picture, so a patch that is masked at only one time step
-# can be copied from the next, and little is learned. A tube masks the same spatial positions at
-# every time step: its content must be inferred from how the rest looks and moves. And the ratio is
-# high, 0.9 in the paper: at a lower one, gaps can be filled in from their neighbours.
+# Neighbouring frames are nearly identical, so a patch masked at only one time step can be copied
+# from the next, which teaches little. A tube masks the same spatial positions at every time step,
+# so its content must be inferred from how the rest looks and moves. The ratio is high (0.9 in the
+# paper) because smaller gaps could be filled in from their neighbours.
 
 def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int],
                 mask_ratio: float) -> Tensor:
-    """(B, N) bool on the CPU, True = masked: a new mask for each clip, the same count in all.
+    """A new mask for each clip, (B, N) bool on the CPU, True = masked, with equal counts.
 
-    kind "tube": mask_ratio of the H'W' spatial positions, at every time step; "random": of the N
-    patches, anywhere; "frame": of the T' time steps, whole. Counts are rounded down. Source: the
-    authors' masking_generator.py; the paper compares the three."""
+    mask_ratio is the share of the H'W' spatial positions, masked at every time step ("tube"), of
+    all N patches ("random"), or of the T' time steps ("frame"). Counts are rounded down. Source:
+    the authors' masking_generator.py; the paper compares the three."""
     time, space = grid[0], grid[1] * grid[2]
     # The shape of the random draw; an axis of length 1 is shared by all time steps or positions.
     drawn = {"tube": (1, space), "random": (time, space), "frame": (time, 1)}
@@ -248,7 +248,7 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int],
 
 
 def mask_highest(scores: Tensor, num_masked: int) -> Tensor:
-    """scores (B, M) -> (B, M) bool, True for the num_masked highest of each row."""
+    """scores (B, M) -> (B, M) bool, True for the num_masked highest scores of each row."""
     highest = scores.topk(num_masked, dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, highest, True)
 
@@ -283,7 +283,7 @@ def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head self-attention. Queries and values have a bias, as published. Keys have none:
-    q . (k + b) adds the same q . b to every score of a query, which softmax then removes."""
+    q . (k + b) would add the same q . b to all scores of a query, which softmax cancels."""
 
     def __init__(self, dim: int, num_heads: int, config: VideoMAEConfig):
         super().__init__()
@@ -296,8 +296,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, wanted: slice = slice(None),
                 look: "Look | None" = None) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. look:
-        true if something inside is asked for; see Look, in part two."""
+        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. look
+        records attention weights and masks heads; see Look, in part two."""
         qkv = self.qkv(x)  # (B, M, 3 D)
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -327,7 +327,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, for the encoder and, at its own width, for the decoder."""
+    """Attention, then MLP. The encoder and the decoder use it, each at its own width."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, config, drop_path: float = 0.0):
         super().__init__()
@@ -339,16 +339,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, wanted: slice = slice(None),
                 look: "Look | None" = None) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens: the decoder's last block."""
+        """(B, M, D) -> (B, M, D), or only the wanted tokens, as in the decoder's last block."""
         x = x[:, wanted] + self.drop(self.attn(self.norm1(x), wanted, look))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-# ---- Encoder: what is kept ----------------------------------------------------------------------
+# ---- Encoder: kept after pretraining ------------------------------------------------------------
 
 class VideoMAEEncoder(nn.Module):
-    """Encodes any subset of a clip's patches, with their positions. In pretraining it sees the
-    visible ones only, a tenth at a ratio of 0.9, which makes it cheap. Where the final norm is:
+    """Encodes any subset of a clip's patches, with their positions. In pretraining it sees only
+    the visible ones, a tenth at a ratio of 0.9, which makes it cheap. Its final norm varies:
 
         use_mean_pooling   model                    encoder.norm   output used         fc_norm
         False              published pretraining    yes            all tokens          no
@@ -382,11 +382,11 @@ class VideoMAEEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---- Decoder: what is thrown away after pretraining ---------------------------------------------
+# ---- Decoder: discarded after pretraining -------------------------------------------------------
 
 class VideoMAEDecoder(nn.Module):
-    """Predicts masked patches from visible ones. Narrow and shallow: it processes all N tokens.
-    Tokens are not put back in order: each carries its position, and attention ignores the order."""
+    """Predicts masked patches from visible ones. Narrow and shallow, as it processes all N tokens.
+    They are not put back in order, since each carries its position and attention ignores order."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -411,7 +411,7 @@ class VideoMAEDecoder(nn.Module):
         *blocks, last_block = self.blocks
         for block in blocks:
             x = block(x)
-        x = last_block(x, wanted=slice(-num_masked, None))  # (B, N_mask, D_dec), all that is used
+        x = last_block(x, wanted=slice(-num_masked, None))  # (B, N_mask, D_dec); the rest is unused
         return self.head(self.norm(x))
 
 
@@ -423,9 +423,9 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     def __init__(self, config: VideoMAEConfig):
         super().__init__(config)
         if config.use_mean_pooling:
-            warnings.warn("use_mean_pooling: got True, which drops the norm at the encoder's end; "
+            warnings.warn("use_mean_pooling: got True, which drops the encoder's final norm; "
                           "pass False to pretrain as published", stacklevel=2)
-        self.videomae = VideoMAEModel(config)  # transformers' name for what holds the encoder
+        self.videomae = VideoMAEModel(config)  # transformers' name for the encoder's wrapper
         self.decoder = VideoMAEDecoder(config)
 
     def autoencode(self, pixel_values: Tensor, visible: Tensor, masked: Tensor,
@@ -476,10 +476,9 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 # ---- Classifier: the encoder and one linear layer -----------------------------------------------
 
 class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
-    """All patches go through the encoder, then one linear layer. From a pretraining checkpoint, the
-    decoder is dropped and the head is new. The authors fine-tune with use_mean_pooling=True, which
-    also drops encoder.norm for a new fc_norm. Pass it: a pretraining checkpoint's config has False.
-    """
+    """Encodes all patches, then applies one linear layer. Loading a pretraining checkpoint drops
+    the decoder and initializes a new head. To fine-tune as the authors do, with a new fc_norm
+    instead of encoder.norm, pass use_mean_pooling=True: a pretraining config has False."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__(config)
@@ -499,7 +498,7 @@ class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
         if self.fc_norm is not None:
             x = self.fc_norm(x.mean(dim=1))  # (B, D)
         else:
-            x = x[:, 0]  # VideoMAE has no [CLS] token: this is the first patch's, as published
+            x = x[:, 0]  # VideoMAE has no [CLS] token; as published, use the first patch's
         logits = self.classifier(x)
         loss = None if labels is None else classification_loss(logits, labels)
         return look.output(loss=loss, logits=logits)
@@ -522,8 +521,8 @@ def _vit(width, layers, heads, decoder_width, decoder_layers, decoder_heads, **m
     ) | more
 
 
-# small to huge: the authors' modeling_pretrain.py, decoder depths from scripts/kinetics. giant:
-# VideoMAE V2's, with an MLP ratio of 48/11. tiny and laptop are this project's own.
+# small to huge are from the authors' modeling_pretrain.py, their decoder depths from
+# scripts/kinetics; giant is VideoMAE V2's, with an MLP ratio of 48/11; tiny and laptop are our own.
 PRESETS = {
     "small": _vit(384, 12, 6, 192, 4, 3),
     "base": _vit(768, 12, 12, 384, 4, 6),
@@ -567,13 +566,13 @@ class Drop(nn.Module):
 
 
 def other_positions(config: VideoMAEConfig, dim: int) -> Tensor:
-    """(N, dim) float32: positions made for another grid, interpolated; or "separable" ones, where
-    time, row and column get a third of the width each, so adjacent patches share two of them."""
+    """(N, dim) float32: positions interpolated from another grid; or "separable" ones, which give
+    time, row and column a third of the width each, so adjacent patches share two thirds."""
     t, h, w = config.position_grid or config.grid
     if config.position_embedding == "sinusoid":
         table = sinusoid(t * h * w, dim)
     else:
-        third = dim // 6 * 2  # even, so that sin and cos stay together; time takes the rest
+        third = dim // 6 * 2  # even, so that sin and cos stay paired; time takes the rest
         time, row, column = torch.cartesian_prod(*map(torch.arange, (t, h, w))).T  # (N,) each
         table = torch.cat([sinusoid(t, dim - 2 * third)[time], sinusoid(h, third)[row],
                            sinusoid(w, third)[column]], dim=1)
@@ -587,13 +586,13 @@ def other_positions(config: VideoMAEConfig, dim: int) -> Tensor:
 # ---- Checks, which raise ValueError or TypeError ------------------------------------------------
 
 def check_choice(name: str, value, allowed):
-    """Raise ValueError unless the value is among those allowed."""
+    """Raise ValueError unless the value is one of those allowed."""
     if value not in tuple(allowed):
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, allowed))}")
 
 
 def check_config(config: VideoMAEConfig):
-    """Check a config's fields, and set num_labels from the names of the labels."""
+    """Validate a config's fields, and derive num_labels and id2label from each other."""
     height, width = config.image_hw
     for name, size, divisor in (
         ("image_size", height, "patch_size"),
@@ -604,7 +603,7 @@ def check_config(config: VideoMAEConfig):
     ):
         by = getattr(config, divisor)
         if min(size, by) < 1 or size % by:
-            raise ValueError(f"{name}: got {size}, expected a multiple of {divisor} {by}")
+            raise ValueError(f"{name}: got {size}, expected a multiple of {divisor} ({by})")
     check_choice("position_embedding", config.position_embedding, ("sinusoid", "separable"))
     if not callable(config.hidden_act):
         check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
@@ -624,7 +623,7 @@ def check_config(config: VideoMAEConfig):
 
 
 def check_frames(frames, config: VideoMAEConfig) -> Tensor:
-    """Frames as `preprocess` takes them -> (T, 3, H, W) uint8."""
+    """Frames in any form that `preprocess` accepts -> (T, 3, H, W) uint8."""
     if not isinstance(frames, Tensor):
         frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
     channels_last = frames.shape[-1] == 3
@@ -633,15 +632,15 @@ def check_frames(frames, config: VideoMAEConfig) -> Tensor:
         raise ValueError(f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected "
                          "uint8 (T, H, W, 3) or (T, 3, H, W)")
     if config.num_channels != 3:
-        raise ValueError(f"num_channels: got {config.num_channels}, expected 3, as frames have")
+        raise ValueError(f"num_channels: got {config.num_channels}, expected 3, as frames are RGB")
     return rearrange(frames, "t h w c -> t c h w") if channels_last else frames
 
 
 def check_inputs(config: VideoMAEConfig, pixel_values: Tensor, bool_masked_pos=None):
-    """Raise unless clips are float (B, T, C, H, W) of the config's sizes, and a mask is (B, N)."""
+    """Raise unless clips are float (B, T, C, H, W) of the config's sizes and any mask is (B, N)."""
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         dtype = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        raise TypeError(f"pixel_values: got {dtype}, expected a float tensor, see `preprocess`")
+        raise TypeError(f"pixel_values: got {dtype}, expected a float tensor; see `preprocess`")
     shape = (config.num_frames, config.num_channels, *config.image_hw)
     if tuple(pixel_values.shape[1:]) != shape or pixel_values.shape[0] == 0:
         raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, "
@@ -653,9 +652,9 @@ def check_inputs(config: VideoMAEConfig, pixel_values: Tensor, bool_masked_pos=N
 
 
 def check_mask(mask) -> tuple[Tensor, int]:
-    """(B, N) bools, as a tensor, an array or lists -> a tensor, and how many each clip masks."""
-    expected = ("expected bool (batch, patches), with the same number masked in each clip, more "
-                "than 0 and less than all")
+    """(B, N) bools, as a tensor, an array or lists -> a tensor, and the number masked per clip."""
+    expected = ("expected bool (batch, patches) with the same number masked in each clip, at least "
+                "one but not all")
     if mask is None:
         raise TypeError(f"bool_masked_pos: got None, {expected}")
     mask = torch.as_tensor(mask)
@@ -671,7 +670,7 @@ def check_mask(mask) -> tuple[Tensor, int]:
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """logits (B, num_labels), labels (B,) class indices -> cross-entropy (), which skips labels of
-    -100; or, where num_labels is 1, labels (B,) floats -> mean squared error ()."""
+    -100; or, if num_labels is 1, labels (B,) floats -> mean squared error ()."""
     labels = torch.as_tensor(labels, device=logits.device)
     is_regression = logits.shape[1] == 1
     if labels.numel() != len(logits) or labels.is_floating_point() != is_regression:
@@ -689,7 +688,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # ---- The encoder as a model, outputs and options under transformers' names ----------------------
 
 class VideoMAEModel(VideoMAEPreTrainedModel):
-    """The encoder as a model of its own: clips in, tokens out."""
+    """The encoder as a standalone model, from clips to tokens."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__(config)
@@ -698,7 +697,7 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
                 **options) -> tuple:
         """pixel_values (B, T, C, H, W) float, normalized; bool_masked_pos (B, N) bool, True =
-        masked -> last_hidden_state (B, N_vis, D); all N without a mask. options: see Look."""
+        masked -> last_hidden_state (B, N_vis, D), or (B, N, D) if unmasked. options: see Look."""
         look = Look(self.config, **options)
         check_inputs(self.config, pixel_values, bool_masked_pos)
         patches, index = patchify(pixel_values, self.config), slice(None)  # (B, N, P, C)
@@ -709,15 +708,15 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
 
 
 def output_type(fields: tuple[str, ...]) -> type:
-    """A named tuple of what a call returns. Missing fields read as None and are left out of the
-    tuple, so that output[0] is the first field that is there, as in transformers."""
+    """The named tuple type of a model's output. Missing fields are None as attributes and absent
+    from the tuple, so that output[0] is the first field present, as in transformers."""
     kind = namedtuple("ModelOutput", fields, module=__name__)
     for missing in {"loss", "hidden_states", "attentions"} - set(fields):
         setattr(kind, missing, None)
     return kind
 
 
-OUTPUT_TYPES = {  # made here, once, because torch.compile cannot make a class
+OUTPUT_TYPES = {  # created on import, because torch.compile cannot create classes
     (*own, *seen): output_type((*own, *seen))
     for own in (("last_hidden_state",), ("logits",), ("loss", "logits"))
     for seen in ((), ("hidden_states",), ("attentions",), ("hidden_states", "attentions"))
@@ -727,7 +726,7 @@ OUTPUT_TYPES = {  # made here, once, because torch.compile cannot make a class
 @dataclass
 class Look:
     """The options of `forward`, as in transformers, and what they record of the encoder. Each call
-    has its own and passes it on as an argument, so that threads can share a model."""
+    creates its own and passes it on as an argument, so that threads can share a model."""
 
     config: VideoMAEConfig
     head_mask: Tensor | None = None  # (heads,) or (layers, heads); 1 keeps a head, 0 turns it off
@@ -751,7 +750,7 @@ class Look:
         return self.needs_weights or bool(self.output_hidden_states)
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attention.attend`, written out where the fused kernel would not return the weights."""
+        """`attention.attend`, written out if its weights are needed, which fused kernels hide."""
         if not self.needs_weights:
             return attention.attend(q, k, v)
         if type(attention).attend is not Attention.attend or "attend" in vars(attention):
@@ -766,7 +765,7 @@ class Look:
         return weights @ v
 
     def output(self, **fields) -> tuple:
-        """A model's output: its own fields that are not None, and what was asked for."""
+        """A model's output: its own fields that are not None, and the states requested."""
         layers = self.config.num_hidden_layers
         if (self.needs_weights and len(self.attentions) != layers
                 or self.output_hidden_states and len(self.hidden_states) != layers + 1):
@@ -787,10 +786,10 @@ class Look:
 def reconstruct(model: VideoMAEForPreTraining, pixel_values: Tensor, bool_masked_pos: Tensor,
                 grey: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """-> three videos (B, T, C, H, W): original, masked, reconstruction. They are scaled to [0, 1]
-    where C is 3, but not clamped. Call `model.eval()` first.
+    if C is 3, but not clamped. Call `model.eval()` first.
 
-    A norm_pix_loss model predicts neither brightness nor contrast: its patches borrow the mean and
-    std of the true ones. Mention this in a caption."""
+    A norm_pix_loss model predicts neither brightness nor contrast, so its patches borrow the mean
+    and std of the true ones. Mention this in captions."""
     config = model.config
     check_inputs(config, pixel_values, bool_masked_pos)
     visible, masked = split_mask(bool_masked_pos, pixel_values.device)
@@ -826,7 +825,7 @@ def denormalize(patches: Tensor) -> Tensor:
 # ---- Loading and saving -------------------------------------------------------------------------
 
 def import_checkpoints():
-    """The module checkpoints.py beside this file, at the top level or in the same package."""
+    """Import checkpoints.py, a top-level module or one in the same package as this file."""
     try:
         if __package__:
             from . import checkpoints
@@ -835,5 +834,5 @@ def import_checkpoints():
     except ImportError as error:
         if error.name not in ("checkpoints", __package__):
             raise
-        raise ImportError("to load and save, put checkpoints.py beside videomae.py") from error
+        raise ImportError("loading and saving need checkpoints.py beside videomae.py") from error
     return checkpoints

@@ -1,6 +1,6 @@
 """Compare a changed model with the original over several seeds, for 05_change_it.ipynb.
 
-`run` pretrains, probes, fine-tunes and tests with one seed. `show` and `table` say what came of it,
+`run` pretrains, probes, fine-tunes and tests with one seed. `show` and `table` report the results,
 and whether the difference is clear.
 """
 import ast
@@ -28,7 +28,7 @@ from videomae import (
     unpatchify,
 )
 
-FAST = "FAST" in os.environ  # CI runs the same code on few clips, in few steps
+FAST = "FAST" in os.environ  # CI runs the same code on few clips for few steps
 SEEDS = (0, 1) if FAST else (0, 1, 2)
 TRAIN_CLIPS, TEST_CLIPS, PROBE_LABELS = (500, 64, 10) if FAST else (4000, 1024, 100)
 PRETRAIN_STEPS, FINETUNE_STEPS = (2, 2) if FAST else (350, 150)
@@ -50,16 +50,16 @@ def held_out_clips() -> SyntheticClips:
 
 
 def tube_mask(pixel_values):
-    """(B, N) bool, the mask of all runs that do not bring their own."""
+    """(B, N) bool, the default mask of a run."""
     return random_mask("tube", len(pixel_values), CONFIG.grid, mask_ratio=0.75)
 
 
 def run(seed: int, pretraining=VideoMAEForPreTraining, encoder=None, decoder=None,
         mask_of=tube_mask, use_mean_pooling=True) -> dict:
-    """-> both measures, in percent; the minutes they took; the pretrained model.
+    """-> both measures in percent, the CPU minutes they took, and the pretrained model.
 
     pretraining(config) makes the model; encoder(config) and decoder(config) replace its parts.
-    mask_of(pixel_values) draws a mask (B, N). use_mean_pooling: False reads a classifier's token 0.
+    mask_of(pixel_values) draws a mask (B, N). use_mean_pooling: False classifies from token 0.
     """
     clips, test_clips = training_clips(seed), held_out_clips()
     start = time.process_time()
@@ -77,7 +77,7 @@ def run(seed: int, pretraining=VideoMAEForPreTraining, encoder=None, decoder=Non
     many = choose_labelled(clips.labels, PROBE_LABELS, seed)
     probe = accuracies(linear_probe(model.videomae, clips, many, test_clips), test_clips.labels)
 
-    # A mean-pooled classifier has no norm at the encoder's end; all else has to be there.
+    # A mean-pooled classifier has no final encoder norm; no other weight may be missing.
     weights = model.videomae.state_dict()
     assert not classifier.videomae.load_state_dict(weights, strict=False).missing_keys
     finetune(classifier, clips, seed)
@@ -88,7 +88,7 @@ def run(seed: int, pretraining=VideoMAEForPreTraining, encoder=None, decoder=Non
 
 
 def pretrain(model, clips: SyntheticClips, mask_of, seed: int):
-    """In place, on all clips and without their labels."""
+    """Pretrain in place on all clips, without labels."""
     def loss_of(model, frames, labels):
         pixel_values = normalize(frames)
         return model(pixel_values, mask_of(pixel_values)).loss
@@ -98,14 +98,14 @@ def pretrain(model, clips: SyntheticClips, mask_of, seed: int):
 
 
 def finetune(classifier, clips: SyntheticClips, seed: int):
-    """In place, on two labelled clips of each class."""
+    """Fine-tune in place on two labelled clips per class."""
     batches = Batches(clips, choose_labelled(clips.labels, 2, seed), 8, seed)
     loss_of = partial(classification_loss, jitter=True)
     fit(classifier, batches, loss_of, FINETUNE_STEPS, lr=1.5e-3, betas=(0.9, 0.999), seed=seed)
 
 
 def step_seconds(model, batch: int = 1) -> float:
-    """A forward and backward pass at a ratio of 0.9, the fastest of several."""
+    """CPU seconds of a forward and backward pass at mask ratio 0.9, the fastest of several."""
     config, seconds = model.config, []
     clips = torch.randn(batch, config.num_frames, config.num_channels, *config.image_hw)
     mask = random_mask("tube", batch, config.grid, mask_ratio=0.9)
@@ -117,7 +117,7 @@ def step_seconds(model, batch: int = 1) -> float:
 
 
 def draw_masks(clip, masks: dict):
-    """A clip (1, T, 3, H, W) in 8 bits, a row of its frames for each named mask (1, N)."""
+    """Draw the frames of a clip (1, T, 3, H, W) uint8, in a row for each named mask (1, N)."""
     patches = patchify(clip / 255, CONFIG)
     figure, axes = plt.subplots(len(masks), CONFIG.num_frames, figsize=(9.2, 1.15 * len(masks)))
     for row, (name, mask) in zip(axes, masks.items(), strict=True):
@@ -132,7 +132,7 @@ def draw_masks(clip, masks: dict):
 # ---- Differences --------------------------------------------------------------------------------
 
 def difference(ours: list[float], theirs: list[float]) -> str:
-    """Paired by seed, with Student's t test at 5 %."""
+    """The mean difference paired by seed, and the verdict of Student's t test at 5 %."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, std = statistics.mean(differences), statistics.stdev(differences)
     critical = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24, 6: 1.05, 7: 0.92, 8: 0.84}[len(differences)]
@@ -147,7 +147,7 @@ def values(runs: list[dict], key: str) -> list[float]:
 
 
 def show(results: dict, name: str, other: str = "original"):
-    """Print a change's measures, and how they differ from another's."""
+    """Print a change's measures and how they differ from those of another."""
     for measure, text in MEASURES.items():
         ours, theirs = (values(results[x], measure) for x in (name, other))
         compared = f"; against {other}: {difference(ours, theirs)}" if name != other else ""
@@ -155,8 +155,8 @@ def show(results: dict, name: str, other: str = "original"):
 
 
 def table(results: dict, definitions: dict) -> str:
-    """Markdown: a row for each change, compared with the original. definitions: the functions and
-    classes that a change consists of."""
+    """A Markdown table with a row per change, compared with the original. definitions: the
+    functions and classes of each change."""
     texts = [f"{text}, % | against original" for text in MEASURES.values()]
     lines = [f"| change | lines | CPU minutes | {' | '.join(texts)} |", "|" + " --- |" * 7]
     for name, runs in results.items():
@@ -171,11 +171,11 @@ def table(results: dict, definitions: dict) -> str:
 
 
 def count_lines(*definitions) -> int:
-    """Lines of classes and functions that a notebook's cells define, without empty ones."""
+    """Count the lines that are not empty of classes and functions defined in notebook cells."""
     count = 0
     for definition in definitions:
         function = definition
-        if inspect.isclass(definition):  # only a function knows its cell
+        if inspect.isclass(definition):  # inspect finds a cell only from a function
             function = next(x for x in vars(definition).values() if inspect.isfunction(x))
         cell = "".join(inspect.findsource(function)[0])
         node, = [x for x in ast.parse(cell).body

@@ -1,4 +1,4 @@
-"""What several test files need: a hub on this machine, and video files."""
+"""Shared by several test files: a local stand-in for the hub, and video files."""
 import contextlib
 import http.server
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def hub_server(folder: Path):
-    """Serve folder/owner/name/resolve/main/file as the hub does -> the environment to find it."""
+    """Serve folder/owner/name/resolve/main/file as the hub does -> environment variables for it."""
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def answer(self) -> bytes | None:
@@ -61,8 +61,8 @@ def hub_server(folder: Path):
 
 def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt="yuv420p",
                 stamps=None, gop=None, **options):
-    """frames (T, H, W, 3) uint8 -> a video file; stamps: when each is shown, in 1 / rate s; gop: a
-    key frame in so many."""
+    """Write frames (T, H, W, 3) uint8 as a video. stamps: when each is shown, in units of 1 / rate;
+    gop: the distance between key frames."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def write_video(path: Path, frames: np.ndarray, rate=25, codec="mpeg4", pix_fmt=
 
 
 def damage(path: Path, out: Path, is_damaged) -> list[tuple[bool, bool]]:
-    """Copy a video with zeros for the first 60 bytes of each packet for which is_damaged(number,
-    is_key) -> of each packet, whether it is a key frame and whether it is damaged."""
+    """Copy a video, zeroing the first 60 bytes of each packet where is_damaged(number, is_key) ->
+    for each packet, whether it is a key frame and whether it is damaged."""
     import av
 
     with av.open(str(path)) as container:
@@ -98,9 +98,9 @@ def damage(path: Path, out: Path, is_damaged) -> list[tuple[bool, bool]]:
 
 
 def turn_clockwise(path: Path):
-    """Say in an MP4 that players turn its frames by 90 degrees, as a phone held upright does."""
+    """Make players rotate an MP4 by 90 degrees, as a phone that was held upright does."""
     content = bytearray(path.read_bytes())
-    # The display matrix, nine numbers, comes after version, flags, times, ids, layer and volume.
+    # The display matrix (nine numbers) follows version, flags, times, ids, layer and volume.
     at = content.index(b"tkhd") + 4 + 40
     matrix = (0, 1, 0, -1, 0, 0, 0, 0, 0x4000)
     content[at : at + 36] = struct.pack(">9i", *(x << 16 for x in matrix))

@@ -1,5 +1,5 @@
-"""checkpoints.py: every published format in, transformers' out, nothing lost, nothing made up in
-silence; and the files copied into another project.
+"""Tests of checkpoints.py: every published format loads, saved models load in transformers, and no
+weight is dropped or invented silently; also of the files copied into another project.
 
     python -m pytest -q tests/test_checkpoints.py
 """
@@ -63,7 +63,7 @@ def read_json(path):
 
 
 def refused(message, source, cls=VideoMAEModel, **options):
-    """The error of loading, whose text contains a message."""
+    """Check that loading raises an error that contains a message -> the text of the error."""
     with pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
         cls.from_pretrained(source, **options)
     return str(error.value)
@@ -81,7 +81,7 @@ def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
     before, after = (safetensors.load_file(x / "model.safetensors") for x in (source, saved))
     assert same_weights(before, after)
     before, after = (read_json(x / "config.json") for x in (source, saved))
-    assert before.items() <= after.items(), "every field of the file, known here or not"
+    assert before.items() <= after.items(), "every field of the file, known or not"
     extra = model.config.extra
     assert list(extra) == [name for name in before if name in extra], "in the file's order"
 
@@ -90,16 +90,16 @@ def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
     again = KINDS[name].from_pretrained(saved / "model.safetensors")  # the config beside it is used
     assert config_to_json(again.config) == config_to_json(model.config) and not again.training
     assert same_weights(again.state_dict(), model.state_dict())
-    model.save_pretrained(saved)  # the same content again
+    model.save_pretrained(saved)  # the same content is no conflict
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    with pytest.raises(ValueError, match="model.safetensors exists already, with other content"):
+    with pytest.raises(ValueError, match="model.safetensors already exists with different content"):
         model.save_pretrained(saved)
     refused("config.json: expected weights, such as model.safetensors", saved / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["VideoMAEModel", *(kind.__name__ for kind in KINDS.values())])
-def test_transformers_loads_what_is_saved_here(kind, tmp_path):
+def test_transformers_loads_saved_models(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     labels = {0: "walk", 1: "run", 2: "jump"}
     config = VideoMAEConfig(**SMALL, id2label=labels, extra={"mine": [1, 2]},
@@ -118,10 +118,10 @@ def test_transformers_loads_what_is_saved_here(kind, tmp_path):
     clip, mask = clip_and_mask(config)
     inputs = (clip, mask) if kind == "VideoMAEForPreTraining" else (clip,)
     outputs = ours(*inputs, return_dict=False)[-1], theirs(*inputs)[-1]
-    check_same(f"saved here, read by transformers, {kind}", {"output": outputs})
+    check_same(f"saved by this project, read by transformers, {kind}", {"output": outputs})
 
-    # What transformers 5 writes, with its own names of the biases, comes back as it went: in one
-    # file, in shards, and in half precision.
+    # What transformers 5 writes, with its own names for biases, loads unchanged: in one file, in
+    # shards, and in half precision.
     theirs.save_pretrained(tmp_path / "theirs")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
@@ -142,7 +142,7 @@ def test_transformers_loads_what_is_saved_here(kind, tmp_path):
 
 
 def test_spellings_and_bin_files(tmp_path):
-    """The same classifier from three kinds of directory."""
+    """Three kinds of directory load as the same classifier."""
     expected = VideoMAEForVideoClassification.from_pretrained(CLASSIFY).state_dict()
     weights = safetensors.load_file(CLASSIFY / "model.safetensors")
     config = read_json(CLASSIFY / "config.json")
@@ -158,7 +158,7 @@ def test_spellings_and_bin_files(tmp_path):
     safetensors.save_file(spelling, tmp_path / "spelling/model.safetensors")
     torch.save(weights, tmp_path / "bin/pytorch_model.bin")
 
-    # A file of another name is not read.
+    # Files with other names are ignored.
     other = {name: x + 1 for name, x in weights.items()}
     safetensors.save_file(weights, tmp_path / "both/model.safetensors")
     safetensors.save_file(other, tmp_path / "both/model_ema.safetensors")
@@ -170,7 +170,7 @@ def test_spellings_and_bin_files(tmp_path):
 
 
 def test_unused_and_new_weights_are_reported(caplog):
-    """A new head and a dropped decoder are said in a line each."""
+    """A new head and a dropped decoder are reported in one line."""
     pretrained = VideoMAEForPreTraining.from_pretrained(PRETRAIN)
     assert not caplog.messages
     model = VideoMAEForVideoClassification.from_pretrained(
@@ -220,19 +220,19 @@ def test_weights_that_do_not_fit_are_one_error_or_logged(tmp_path, caplog):
 
 
 def test_options_of_transformers(caplog):
-    """The guide's own lines, and whatever else goes through from_pretrained."""
+    """The lines of transformers' guide, and all other options of from_pretrained."""
     load, names = VideoMAEForVideoClassification.from_pretrained, ["Punch", "YoYo"]
     label2id = {name: i for i, name in enumerate(names)}
     for options in (
         dict(label2id=label2id, id2label=dict(enumerate(names))),
-        dict(label2id={name: str(i) for name, i in label2id.items()}),  # of another guide
+        dict(label2id={name: str(i) for name, i in label2id.items()}),  # as in another guide
         dict(id2label={"0": "Punch", "1": "YoYo"}), dict(id2label=names),
         dict(config=VideoMAEConfig(**SMALL, id2label=names)),
     ):
         model = load(CLASSIFY, ignore_mismatched_sizes=True, **options)
         assert model.config.id2label == {0: "Punch", 1: "YoYo"}
         assert model.classifier.out_features == model.config.num_labels == 2
-    refused("id2label: got ['1', '2'], expected 0 to 1", CLASSIFY, id2label={1: "a", 2: "b"})
+    refused("id2label: got keys ['1', '2'], expected 0 to 1", CLASSIFY, id2label={1: "a", 2: "b"})
     refused("dtype: got 'half16', expected one of float32", CLASSIFY, dtype="half16")
     refused("config: got dict, expected VideoMAEConfig", CLASSIFY, config={"num_labels": 3})
     refused("num_labels: got 3, but id2label has 2", CLASSIFY, id2label=names, num_labels=3)
@@ -254,7 +254,7 @@ def test_options_of_transformers(caplog):
 
 
 def authors_file(path, weights, wrapper="model"):
-    """Weights as the authors save them: under a name beside other things, or bare."""
+    """Save weights as the authors do: under a key beside other entries, or bare."""
     more = {"epoch": 7, "args": argparse.Namespace(lr=1e-3)}
     torch.save({wrapper: weights, **more} if wrapper else weights, path)
     return path
@@ -267,7 +267,7 @@ def golden_weights(name):
 
 
 def test_authors_pretraining_file(tmp_path):
-    """All but the size of clips and the heads is read off the shapes."""
+    """All but the clip size and the number of heads is inferred from shapes."""
     golden, weights = golden_weights("pretrain")
     config = golden["config"]
     known = {name: config[name] for name in
@@ -284,12 +284,12 @@ def test_authors_pretraining_file(tmp_path):
     conv = published_state_dict(model)["videomae.embeddings.patch_embeddings.projection.weight"]
     assert torch.equal(conv, weights["encoder.patch_embed.proj.weight"])
 
-    # What the file does not tell has to be told, and only for what is loaded.
-    refused("position_grid: the grid changes from (8, 28, 28) to (8, 4, 4), expected (8, 28, 28)",
+    # What shapes do not determine must be passed, but only for the modules that are loaded.
+    refused("position_grid: the grid changes from (8, 28, 28) to (8, 4, 4); pass (8, 28, 28)",
             source, VideoMAEForPreTraining, **known)
-    refused("num_attention_heads: pass it, since a width of 48 does not tell it", source)
+    refused("num_attention_heads: cannot be inferred from a width of 48, pass it", source)
     del known["decoder_num_attention_heads"]
-    refused("decoder_num_attention_heads: pass it", source, VideoMAEForPreTraining, **known)
+    refused("decoder_num_attention_heads: cannot", source, VideoMAEForPreTraining, **known)
     encoder = VideoMAEModel.from_pretrained(source, **known, position_grid=None)
     assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
@@ -313,19 +313,19 @@ def test_authors_classifier_in_wrappers(wrapper, prefix, tmp_path):
     assert again.config.head_norm_eps == 1e-6
 
 
-def test_the_model_is_preferred_to_its_average_and_names_must_differ(tmp_path):
+def test_the_model_is_preferred_to_its_ema_and_names_must_differ(tmp_path):
     _, weights = golden_weights("finetune")
     ema = {name: x + 1 for name, x in weights.items()}
     torch.save({"model_ema": ema, "model": weights}, tmp_path / "both.pth")
     read, _ = checkpoints.read_checkpoint(tmp_path / "both.pth")
     assert same_weights(read, weights)
     torch.save({**weights, "module.head.bias": weights["head.bias"]}, tmp_path / "twice.pth")
-    refused("two weights are classifier.bias", tmp_path / "twice.pth", **AUTHORS)
+    refused("two weights map to classifier.bias", tmp_path / "twice.pth", **AUTHORS)
 
 
 @pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification])
 def test_own_weights(cls, tmp_path):
-    """A state dict, a training run's state, a folder as transformers.Trainer leaves it."""
+    """Load a state dict, a training run's state, and a folder written by transformers.Trainer."""
     config = VideoMAEConfig(**SMALL, use_mean_pooling=cls is not VideoMAEForPreTraining)
     model = cls(config)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -334,7 +334,7 @@ def test_own_weights(cls, tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     safetensors.save_file(model.state_dict(), tmp_path / "checkpoint-500/model.safetensors")
     for name in ("weights.pt", "state.pt", "checkpoint-500"):
-        refused("do not tell their config, pass config=VideoMAEConfig", tmp_path / name, cls)
+        refused("config: cannot be inferred from these weights", tmp_path / name, cls)
         again = cls.from_pretrained(tmp_path / name, config=config, drop_path_rate=0.1)
         assert again.config.drop_path_rate == 0.1
         again = cls.from_pretrained(tmp_path / name, config=config)
@@ -345,7 +345,7 @@ def test_own_weights(cls, tmp_path):
 
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge", "giant"])
 def test_sizes_of_videomae_v2_are_inferred(name):
-    """The shapes of every published size, without its memory, with the names of V2's files."""
+    """The shapes of every published size, on the meta device, with the names in V2's files."""
     preset = VideoMAEConfig.preset(name)
     width, hidden, size = preset.hidden_size, preset.intermediate_size, preset.patch_size
     block = {
@@ -378,7 +378,7 @@ def test_sizes_of_videomae_v2_are_inferred(name):
 
 
 def test_videomae_v2_directory_of_the_hub(tmp_path):
-    """Its own kind of config.json, "model." in front of every name, no head."""
+    """It has its own kind of config.json, a "model." prefix on every name, and no head."""
     golden, weights = golden_weights("finetune")
     weights = {f"model.{name}": x for name, x in weights.items() if not name.startswith("head.")}
     config = {"img_size": 32, "num_frames": 8, "num_heads": 3}
@@ -402,7 +402,7 @@ def test_videomae_v2_directory_of_the_hub(tmp_path):
 
 
 def test_clips_of_another_length_or_size(tmp_path, caplog):
-    """Positions are made anew or interpolated, as the caller says; neither is chosen in silence."""
+    """Positions are recomputed or interpolated, as the caller asks; neither is chosen silently."""
     larger = dict(num_frames=12, image_size=(64, 32))  # from 8 frames of 32 x 32
     for options in (larger, dict(config=VideoMAEConfig(**SMALL | larger, use_mean_pooling=False))):
         refused("grid changes from (4, 4, 4) to (6, 8, 4)", PRETRAIN, **options)
@@ -413,7 +413,7 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     clip, mask = torch.randn(1, 12, 3, 64, 32), random_mask("tube", 1, (6, 8, 4), 0.75)
     assert model(clip, mask).logits.shape == (1, 144, 384)
 
-    # Corners stay what they were; between them the table runs from one to the other.
+    # Interpolation keeps the corners, and an unchanged grid keeps the whole table.
     old = VideoMAEModel.from_pretrained(PRETRAIN).encoder.positions.view(4, 4, 4, 48)
     grid = model.videomae.encoder.positions.view(6, 8, 4, 48)
     for corner in np.ndindex(2, 2, 2):
@@ -422,16 +422,16 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     same, plain = VideoMAEConfig(**SMALL, position_grid=(4, 4, 4)), VideoMAEConfig(**SMALL)
     assert torch.equal(position_table(same, 48), position_table(plain, 48))
 
-    # They survive saving, and a warning says that transformers ignores them.
+    # The positions survive saving, with a warning that transformers ignores them.
     model.save_pretrained(tmp_path)
     assert "transformers ignores position_grid=(4, 4, 4)" in caplog.text
     again = VideoMAEForPreTraining.from_pretrained(tmp_path)
     assert torch.equal(again.videomae.encoder.positions, model.videomae.encoder.positions)
-    refused("expected (4, 4, 4) to interpolate", tmp_path, num_frames=16)
+    refused("pass (4, 4, 4) to interpolate", tmp_path, num_frames=16)
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad files: refused by name, never executed, never half written
+# Bad files are refused by name and never executed; no file is left half written
 
 
 class Bomb:
@@ -451,21 +451,21 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
     bomb = Bomb(tmp_path / "executed")
-    damaged = "missing, damaged, or more than plain data"
+    damaged = "missing, damaged, or not plain data"
     cases = {
         "empty.pth": (b"", damaged),
         "truncated.pth": (good[: len(good) // 2], damaged),
         "flipped.pth": (bytes(flipped), "BadZipFile"),
         "text.pth": (b"<html>404 not found</html>", damaged),
-        "code.pth": (pickle.dumps({"model": bomb}, 2), "holds a posix.system"),
-        "zipped code.pth": ({"model": {"weight": bomb}}, "holds a posix.system"),
-        "path.pth": ({"model": weights, "args": tmp_path}, "holds a pathlib.PosixPath"),
+        "code.pth": (pickle.dumps({"model": bomb}, 2), "contains posix.system,"),
+        "zipped code.pth": ({"model": {"weight": bomb}}, "contains posix.system,"),
+        "path.pth": ({"model": weights, "args": tmp_path}, "contains pathlib.PosixPath,"),
         "number.pth": ({"model": weights, "best": np.float64(1)}, "multiarray.scalar, which is"),
-        "whole model.pth": (torch.nn.Linear(1, 1), "holds a torch.nn.modules.linear.Linear"),
+        "whole model.pth": (torch.nn.Linear(1, 1), "contains torch.nn.modules.linear.Linear"),
         "list.pth": ([torch.zeros(2)], damaged),
         "no weights.pth": ({"epoch": 3, "model": {}}, "expected weights, got only []"),
         "epoch.pth": ({"epoch": 3, "loss": 2.5}, "expected weights, got only ['epoch', 'loss']"),
-        "other.pth": ({"conv.weight": torch.zeros(2)}, "expected a VideoMAE, got ['conv.weight']"),
+        "other.pth": ({"conv.weight": torch.zeros(2)}, "VideoMAE weights, got ['conv.weight']"),
         "truncated.safetensors": (tensors[: len(tensors) // 2], damaged),
         "text.safetensors": (b"not tensors", damaged),
     }
@@ -478,14 +478,14 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
             VideoMAEForPreTraining.from_pretrained(tmp_path / name)
         assert name in str(error.value)
         shown = "".join(traceback.format_exception(error.value))
-        assert "weights_only=False" not in shown, "no advice to run it"
+        assert "weights_only=False" not in shown, "no advice to execute the file"
     assert not (tmp_path / "executed").exists()
 
 
-def test_directories_that_lack_something_are_refused(tmp_path):
+def test_incomplete_directories_are_refused(tmp_path):
     refused(f"{tmp_path}/nowhere.pth: not a local path, and not found on the Hugging Face Hub",
             tmp_path / "nowhere.pth")
-    damaged = "missing, damaged, or more than plain data"
+    damaged = "missing, damaged, or not plain data"
     refused(f"preprocessor_config.json: {damaged} (FileNotFoundError)", tmp_path,
             VideoMAEImageProcessor)
     config = tmp_path / "config.json"
@@ -499,7 +499,7 @@ def test_directories_that_lack_something_are_refused(tmp_path):
         ("{", f"config.json: {damaged} (JSONDecodeError)"),
         ("[1]", f"config.json: {damaged} (TypeError)"),
         ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
-        (json.dumps(values | {"id2label": {"1": "a", "2": "b"}}), "id2label: got ['1', '2']"),
+        (json.dumps(values | {"id2label": {"1": "a", "2": "b"}}), "id2label: got keys ['1', '2']"),
         (json.dumps(values | {"num_frames": "many"}), "num_frames: got 'many', expected"),
     ):
         config.write_text(text)
@@ -522,7 +522,7 @@ def test_a_write_is_atomic(tmp_path):
     write_atomic(target, lambda file: file.write(b"new"))
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
 
-    with pytest.raises(ValueError, match="directory: .*model.pt exists already"):
+    with pytest.raises(ValueError, match="directory: .*model.pt already exists"):
         write_new(tmp_path, {"first.json": b"{}", "model.pt": b"newer"})
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
     write_new(tmp_path / "new", {"first.json": b"{}"})
@@ -539,7 +539,7 @@ def test_a_write_is_atomic(tmp_path):
 
 
 def run_script(monkeypatch, *arguments):
-    """python checkpoints.py ... -> its exit message, None for success."""
+    """Run python checkpoints.py ... -> its exit message, or None on success."""
     monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
     try:
         runpy.run_path(str(HERE / "checkpoints.py"), run_name="__main__")
@@ -577,7 +577,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ([new], {}, "not finite: decoder.mask_token"),
         ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
         ([good], known | {"image_sise": 32}, r"unknown \['image_sise'\]"),
-        ([good, new], known, "exists already"),
+        ([good, new], known, "already exists"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             checkpoints.main(*paths, **fields)
@@ -585,7 +585,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("image_size", [(64, 32), (32, 64)])
-def test_a_converted_model_that_is_not_square_takes_ordinary_video(image_size, tmp_path):
+def test_a_converted_model_that_is_not_square_accepts_ordinary_video(image_size, tmp_path):
     VideoMAEForPreTraining(VideoMAEConfig(
         **SMALL | dict(image_size=image_size), use_mean_pooling=False)).save_pretrained(tmp_path)
     checkpoints.main(tmp_path, tmp_path / "new")
@@ -599,7 +599,7 @@ def test_a_converted_model_that_is_not_square_takes_ordinary_video(image_size, t
 
 
 def test_hub_ids(tmp_path):
-    """Downloaded from a server that answers as the hub does; then from the cache, without it."""
+    """Download from a server that answers as the hub does, then load from the cache offline."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     hub = tmp_path / "hub/someone"
     for path in ("tiny/resolve/main", "bin/resolve/main", "many/resolve/main/second"):
@@ -623,7 +623,7 @@ for options in ({{}}, {{"local_files_only": True}}):
     with pytest.raises(ValueError, match="someone/other: not a local path, and not found on the"):
         VideoMAEModel.from_pretrained("someone/other", cache_dir="cache", **options)
 """
-    with hub_server(tmp_path / "hub") as env:  # a process, for the environment is read once
+    with hub_server(tmp_path / "hub") as env:  # a process, as the environment is read on import
         process = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | env | {"PYTHONPATH": HERE},
             capture_output=True, text=True, timeout=120)
@@ -638,7 +638,7 @@ def test_a_missing_huggingface_hub_is_named(monkeypatch):
 
 @pytest.mark.hub
 def test_published_weights():
-    """The values that transformers' own tests check, on the published weights; about 1 GB."""
+    """Published weights give the values in transformers' own tests; downloads about 1 GB."""
     from huggingface_hub import hf_hub_download
 
     video = np.load(hf_hub_download("hf-internal-testing/spaghetti-video", "eating_spaghetti.npy",
@@ -676,7 +676,7 @@ def test_files_copied_into_another_project(tmp_path):
     code = f"""
 import sys, torch, numpy, einops
 before = set(sys.modules)
-sys.modules["checkpoints"] = None  # this project's, where it is installed, does not count
+sys.modules["checkpoints"] = None  # hide this project's installed copy
 import videomae
 new = {{name.split(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names
 assert new <= {{"videomae", "checkpoints"}}, new
@@ -708,7 +708,7 @@ assert "package.checkpoints" in sys.modules
 
 
 def test_trainer_trains_evaluates_and_saves(tmp_path):
-    """As in transformers' guide to video classification: stripes that stand or lie."""
+    """Follow transformers' guide to video classification, on vertical and horizontal stripes."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     names = ["stand", "lie"]
@@ -733,7 +733,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path):
     assert trainer.evaluate()["eval_accuracy"] == 1.0
     logits = torch.from_numpy(trainer.predict(clips).predictions)
 
-    trainer.save_model(tmp_path / "saved")  # weights only: Trainer knows no config of ours
+    trainer.save_model(tmp_path / "saved")  # weights only, as Trainer does not know our config
     model.save_pretrained(tmp_path / "whole")
     pixel_values = torch.stack([clip["pixel_values"] for clip in clips])
     for source, options in ((tmp_path / "saved", dict(config=trainer.model.config)),

@@ -1,10 +1,10 @@
-"""Hostile files: whatever a file holds, it gives a sound result or an error that names it.
+"""Fuzz tests: every corrupted file gives a sound result, or an error that names the file.
 
-    python -m pytest -q tests/test_fuzz.py                    seconds
-    FUZZ=10000 python -m pytest -q -s tests/test_fuzz.py      minutes: so many mutations
+    python -m pytest -q tests/test_fuzz.py                    takes seconds
+    FUZZ=10000 python -m pytest -q -s tests/test_fuzz.py      10,000 mutations; takes minutes
 
-A mutation changes bytes, cuts the file, repeats a part of it, or gives a field of a JSON file a
-value of another kind or an absurd size.
+A mutation changes bytes, truncates the file, removes or repeats a part of it, or gives a field of a
+JSON file a value of the wrong type or an absurd size.
 """
 import collections
 import json
@@ -31,7 +31,7 @@ ODD_VALUES = [None, True, -1, 0, 1, 3, 0.5, 7.5, 10**6, 10**12, 1e308, float("na
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """-> {name of a file to mutate: the function that reads it}."""
+    """-> the folder, and {name of a file to mutate: the function that reads it}."""
     folder = tmp_path_factory.mktemp("sources")
     shutil.copytree(GOLDEN / "hf_pretrain_tiny", folder / "model")
     golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
@@ -71,7 +71,7 @@ def sources(tmp_path_factory):
 
 @torch.no_grad()
 def run(model):
-    """A clip through the model: what was loaded must be a model that works."""
+    """Run a clip through the model, because a model that loads must also work."""
     config = model.config
     clip = torch.zeros(1, config.num_frames, config.num_channels, *config.image_hw)
     mask = random_mask("tube", 1, config.grid, 0.5)
@@ -88,7 +88,7 @@ def mutate(content: bytes, is_json: bool, rng: random.Random) -> bytes:
             values[rng.choice(names)] = rng.choice(ODD_VALUES)
         return json.dumps(values).encode()
     out = bytearray(content)
-    # Headers are where damage is not only noise, so half of the mutations are near an end.
+    # Damage matters most in headers, so two thirds of the mutations are near an end.
     near = rng.choice((len(out), 300, 3000))
     at = rng.randrange(min(near, len(out))) if rng.random() < 0.8 else -rng.randrange(
         1, min(near, len(out)))

@@ -1,4 +1,4 @@
-"""processor.py: the same pixels as transformers' processor, from every kind of video."""
+"""Tests of processor.py: its pixels equal transformers' for every kind of video."""
 import copy
 import pickle
 from dataclasses import replace
@@ -44,7 +44,7 @@ def pixels(videos, **options):
     dict(image_mean=0.5, image_std=0.25),
 ], ids=lambda fields: ",".join(fields) or "defaults")
 def test_processor_equals_pillow(fields):
-    """Against transformers' Pillow processor: within one 8-bit level, 0.01 level in the mean."""
+    """Within one 8-bit level of transformers' Pillow processor, and 0.01 levels on average."""
     theirs, ours = their_processor(**fields), VideoMAEImageProcessor(**fields)
     level = np.array(1.0)  # one 8-bit level in the units of the result
     if ours.do_rescale:
@@ -64,7 +64,7 @@ def test_every_kind_of_video():
     expected = pixels(LAST)
     assert expected.shape == (1, 4, 3, 32, 32) and expected.dtype == torch.float32
     images = [Image.fromarray(frame) for frame in LAST]
-    flipped = LAST[..., ::-1].copy()[..., ::-1]  # of negative strides, as BGR turned into RGB
+    flipped = LAST[..., ::-1].copy()[..., ::-1]  # negative strides, as from BGR to RGB
     for same in (
         FIRST, torch.from_numpy(FIRST), LAST[None], list(FIRST), tuple(torch.from_numpy(LAST)),
         [list(LAST)], [torch.from_numpy(FIRST)], images, [images], list(flipped),
@@ -88,7 +88,7 @@ def test_every_kind_of_video():
     lists = processor([LAST[:2], small], do_center_crop=False).pixel_values
     assert [x.shape for x in lists] == [(2, 3, 32, 40), (4, 3, 32, 58)]
 
-    # Where either axis could be the channels, the caller has to say which it is.
+    # If either axis could be the channels, the caller must pass input_data_format.
     narrow = RNG.integers(0, 256, (4, 3, 40, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="input_data_format"):
         processor(narrow)
@@ -101,7 +101,7 @@ def test_every_kind_of_video():
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_other_channels(channels):
-    """As transformers takes them; Pillow would take channel 2 or 4 for transparency."""
+    """One channel equals transformers; 2 and 4 are resized one by one, not as transparency."""
     video = np.ascontiguousarray(np.resize(LAST, (4, 40, 50, channels)))
     layout = dict(input_data_format="channels_last")
     for statistics in (0.5, (0.5,) * channels):
@@ -123,7 +123,7 @@ def test_other_channels(channels):
 
 
 def test_floats_are_what_the_settings_expect():
-    """Numbers from 0 to 255, or to 1 with do_rescale=False, or anything if nothing is scaled."""
+    """0 to 255, or 0 to 1 with do_rescale=False, or any range if do_normalize is False too."""
     expected, unit = pixels(LAST), LAST / np.float32(255)
     close = pixels(unit, do_rescale=False)  # not rounded to 8 bits
     for same in (unit.astype(np.float64), torch.from_numpy(unit) * (1 + 1e-7)):
@@ -135,7 +135,7 @@ def test_floats_are_what_the_settings_expect():
     half = pixels(torch.from_numpy(unit).bfloat16(), do_rescale=False)
     assert (half - close).abs().max() < 0.01
 
-    dark = (LAST > 200).astype(np.float32)  # of 0 to 255, and as dark as that
+    dark = (LAST > 200).astype(np.float32)  # 0 and 1 on the scale to 255
     assert (pixels(dark) - pixels(np.uint8(dark))).abs().max() < 1.01 / 255 / 0.5
     assert pixels(dark * 0).unique().tolist() == [-1]
     normalized = (unit - 0.45) / 0.225
@@ -143,13 +143,13 @@ def test_floats_are_what_the_settings_expect():
     assert as_they_are.min() < -1 and as_they_are.max() > 1
 
     for frames, options, message in (
-        (unit, {}, "videos: got floats from 0 to 1, expected 0 to 255; pass do_rescale=False"),
-        (2 * unit - 1, {}, "videos: got floats from -1 to 1, expected 0 to 255"),
-        (normalized, {}, "videos: got floats from -2 to .*, expected 0 to 255"),
+        (unit, {}, "videos: got numbers from 0 to 1, expected 0 to 255; pass do_rescale=False"),
+        (2 * unit - 1, {}, "videos: got numbers from -1 to 1, expected 0 to 255"),
+        (normalized, {}, "videos: got numbers from -2 to .*, expected 0 to 255"),
         (normalized, dict(do_rescale=False), "from -2 to .*, expected 0 to 1;.*do_normalize=False"),
-        (LAST, dict(do_rescale=False), "videos: got floats from 0 to 255, expected 0 to 1"),
-        (LAST.astype(float) * 2, {}, "videos: got floats from 0 to 510, expected 0 to 255"),
-        (unit * np.nan, {}, "videos: got floats from nan to nan"),
+        (LAST, dict(do_rescale=False), "videos: got numbers from 0 to 255, expected 0 to 1"),
+        (LAST.astype(float) * 2, {}, "videos: got numbers from 0 to 510, expected 0 to 255"),
+        (unit * np.nan, {}, "videos: got numbers from nan to nan"),
     ):
         with pytest.raises(ValueError, match=message):
             pixels(frames, **options)
@@ -175,9 +175,9 @@ def test_processor_refuses_wrong_inputs():
         ([frame, frame[:30]], dict(do_resize=False, do_center_crop=False), "Sizes of tensors must"),
         ([video, video[:3]], dict(return_tensors="pt"), "to be equal size"),  # PyTorch's
         (palette, {}, "videos: got a PIL image of mode P"),
-        ([frame[..., :1]] * 4, {}, "image_mean: got .*, expected 1 number"),
+        ([frame[..., :1]] * 4, {}, "image_mean, image_std: expected one number, or 1"),
         (video, dict(image_std=[0, 1, 1]), "image_std: got"),
-        (video, dict(crop_size=48), "crop_size: got 48 x 48, expected within 32 x 40"),
+        (video, dict(crop_size=48), "crop_size: got 48 x 48, expected at most 32 x 40"),
         (video, dict(crop_size=(1, 2, 3)), r"crop_size: got \(1, 2, 3\)"),
         (video, dict(resample=6), "resample: got 6"),
         (video, dict(size={"longest_edge": 3}), "size: got"),
@@ -192,7 +192,7 @@ def test_processor_refuses_wrong_inputs():
 
 
 def test_batch_feature():
-    """Attributes, and `to`, which moves all tensors and casts floats, as in transformers."""
+    """Keys are attributes; `to` moves all tensors and casts floats, as in transformers."""
     inputs = VideoMAEImageProcessor(**SMALL)([LAST, LAST], return_tensors="pt")
     inputs["labels"], inputs["name"] = torch.tensor([1, 2]), "clip"
     inputs["bool_masked_pos"] = [torch.tensor([True, False])]
@@ -217,7 +217,7 @@ def test_processor_is_saved_and_loaded(tmp_path):
     processor.save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "preprocessor_config.json"):
         assert VideoMAEImageProcessor.from_pretrained(path) == processor
-    processor.save_pretrained(tmp_path)  # the same content again
+    processor.save_pretrained(tmp_path)  # the same content is no conflict
     with pytest.raises(ValueError, match="preprocessor_config.json exists already"):
         replace(processor, resample=2).save_pretrained(tmp_path)
 

@@ -1,6 +1,6 @@
-"""Evaluation: accuracy on held-out clips, of a classifier or of a linear probe.
+"""Accuracy of a classifier or a linear probe on held-out clips.
 
-A prediction, and a clip's features, are means over the clip's views.
+A clip's predictions and features are averaged over its views.
 """
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def mean_over_views(model, output, clips, indices: Tensor) -> Tensor:
-    """(n, ...): what `output` makes of pixel_values (B, T, 3, H, W), averaged over views."""
+    """Apply `output` to pixel_values (B, T, 3, H, W) -> (n, ...), averaged over views."""
     device, means = next(model.parameters()).device, []
     model.eval()
     for part in indices.split(8):
@@ -20,13 +20,13 @@ def mean_over_views(model, output, clips, indices: Tensor) -> Tensor:
 
 
 def probabilities(model, clips) -> Tensor:
-    """(n, classes) of all clips."""
+    """Class probabilities (n, classes) of all clips."""
     everything = torch.arange(len(clips.labels))
     return mean_over_views(model, lambda x: model(x).logits.softmax(dim=1), clips, everything)
 
 
 def features(encoder, clips, indices: Tensor) -> Tensor:
-    """(n, D), the mean of a clip's tokens."""
+    """Features (n, D), each the mean of a clip's tokens."""
     def mean_token(pixel_values):
         return encoder(pixel_values).last_hidden_state.mean(dim=1)
 
@@ -34,7 +34,7 @@ def features(encoder, clips, indices: Tensor) -> Tensor:
 
 
 def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
-    """Logistic regression on frozen features of clips[subset] -> (n,) predictions for the test."""
+    """Logistic regression on frozen features of clips[subset] -> predictions (n,) on test_clips."""
     x, y = features(encoder, clips, subset), clips.labels[subset]
     x_test = features(encoder, test_clips, torch.arange(len(test_clips.labels)))
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
@@ -56,14 +56,14 @@ def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
 
 
 def accuracies(predictions: Tensor, labels: Tensor) -> dict:
-    """In percent: top1, and mean_class, the mean of the classes' own accuracies."""
+    """Accuracies in percent: top1 over all clips, and mean_class averaged over classes."""
     correct = 100 * (predictions == labels).float()
     by_class = torch.stack([correct[labels == c].mean() for c in labels.unique()])
     return dict(top1=round(correct.mean().item(), 2), mean_class=round(by_class.mean().item(), 2))
 
 
 def choose_labelled(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices of `per_class` random clips of each class; 0 = every clip."""
+    """Indices of `per_class` random clips per class, or of all clips if 0."""
     if per_class == 0:
         return torch.arange(len(labels))
     counts = labels.bincount()

@@ -1,6 +1,6 @@
-"""Which videos a folder holds, of which class each is, and which ones are for testing.
+"""Find the videos of a folder, their classes, and the split into training and test videos.
 
-Lists are read as people write them, where a line can only mean one thing. See docs/videos.md.
+Lists are accepted in the many forms people write them, if unambiguous. See docs/videos.md.
 """
 import os
 import re
@@ -11,8 +11,8 @@ from typing import NamedTuple
 SUFFIXES = ".avi .mp4 .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
 
-# A line of a list is a path and mostly a label, as in `A/1.avi 0`. Some people separate the two by
-# commas or tabs, quote them, or add a third column or a comment.
+# A line of a list holds a path and usually a label, as in `A/1.avi 0`. Commas or tabs may separate
+# them, and there may be quotes, a third column or a comment.
 LINE = re.compile(rf"""["']?(.+(?:{ENDINGS}))["']?(?:[\s,;]+(.*?))?[\s,;]*(?:\s#.*)?""", re.I)
 
 
@@ -20,15 +20,15 @@ class Video(NamedTuple):
     """One video file of a folder."""
     file: Path
     label: str  # its class
-    split: str  # "train", "test", or "" where its group decides
-    place: tuple[Path, int] | None = None  # list and line
+    split: str  # "train", "test", or "" if its group decides
+    place: tuple[Path, int] | None = None  # list file, line number
 
 
 def find_videos(folder: Path, split: int = 1) -> list[Video]:
-    """The videos of a folder. The first layout that is there counts:
+    """The videos of a folder, which has the first of these layouts that exists:
 
     1. train.csv and test.csv (or val.csv): the authors' lists
-    2. ucfTrainTestlist/: UCF101's lists, of which number `split` is used
+    2. ucfTrainTestlist/: UCF101's lists, number `split` of them
     3. train/Class/* and test/Class/* (or val/Class/*)
     4. Class/*
     """
@@ -49,7 +49,7 @@ def find_videos(folder: Path, split: int = 1) -> list[Video]:
 
 
 def videos_in(folder: Path, split: str = "") -> list[Video]:
-    """Class/* of a folder."""
+    """The videos in Class/* of a folder."""
     return [Video(file, file.parent.name, split) for file in sorted(folder.glob("*/*"))
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
@@ -58,7 +58,7 @@ def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video
     """-> the videos to train on and those to test on.
 
     Without lists, every fifth group of a class is for testing. A group is a single file, or the
-    files with the same `_g07_` in their names, as in UCF101."""
+    files that share a `_g07_` in their names, as in UCF101."""
     train, test, groups = [], [], defaultdict(dict)
     for video in videos:
         match, known = re.search(r"_g\d+_", video.file.name), groups[video.label]
@@ -69,17 +69,17 @@ def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video
         if missing := sorted(set(classes) - {video.label for video in part}):
             names = ", ".join(missing)
             raise ValueError(f"{folder}: no {name} video of class {names} can be read, "
-                             "expected one or more (without lists, two groups in each class)")
+                             "expected at least one (without lists, two groups per class)")
     return train, test
 
 
 # ---- Lists --------------------------------------------------------------------------------------
 
 def read_lists(folder: Path, train: Path, test: Path) -> list[Video]:
-    """The videos that two lists name, each once.
+    """The videos in two lists, without duplicates.
 
-    A video's folder is its class. Its label is, where each list has all its files in one folder or
-    where most labels do not follow the folders."""
+    A video's class is its folder, or its label if each list has all its files in one folder or if
+    most labels do not follow the folders."""
     listed = read_list(folder, train, "train") + read_list(folder, test, "test")
     videos = {}
     pairs = [(video, videos.setdefault(video.file.resolve(), video)) for video in listed]
@@ -96,19 +96,19 @@ def read_lists(folder: Path, train: Path, test: Path) -> list[Video]:
 
 
 def odd_labels(videos: list[Video]) -> list[Video]:
-    """Those whose label is not the usual one in their folder, or the other way round."""
+    """Those whose label is unusual for their folder, or whose folder is unusual for their label."""
     pairs = Counter((video.file.parent.name, video.label) for video in videos if video.label)
-    usual = [pair for pair, _ in pairs.most_common()][::-1]  # in a dict, the last one wins
+    usual = [pair for pair, _ in pairs.most_common()][::-1]  # in a dict, the last entry wins
     label_of, folder_of = dict(usual), {label: name for name, label in usual}
     if len(folder_of) == 1:
-        return []  # VideoMAE V2 gives all videos the label 0 to pretrain with
+        return []  # VideoMAE V2's pretraining lists label every video 0
     return [video for video in videos if video.label
             and (label_of[video.file.parent.name] != video.label
                  or folder_of[video.label] != video.file.parent.name)]
 
 
 def read_list(folder: Path, path: Path, split: str) -> list[Video]:
-    """The videos that a list names, with its labels."""
+    """The videos in a list, with its labels."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a list of {split} videos")
     lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
@@ -126,7 +126,7 @@ def read_list(folder: Path, path: Path, split: str) -> list[Video]:
 
     files = [locate(match[1], folder) for match in matches]
     lost = [line for line, file in zip(lines, files, strict=True) if not file]
-    # UCF101's lists name all of its classes. Many people have some of them.
+    # UCF101's lists cover all its classes, but many people download only some.
     if lost and path.suffix == ".txt" and not any((folder / x.file).parent.is_dir() for x in lost):
         print(f"skipped: {describe('files are of classes that are not here', lost, lines)}")
         lost = []
@@ -137,7 +137,7 @@ def read_list(folder: Path, path: Path, split: str) -> list[Video]:
 
 
 def locate(name: str, folder: Path) -> Path | None:
-    """The file that a list names, in the folder or as another machine had it: FOLDER/A/1.avi for
+    """The file for a path in a list, even one from another machine: FOLDER/A/1.avi for
     /data/videos/A/1.avi."""
     parts = PurePath(name.replace("\\", "/")).parts
     files = (folder.joinpath(*parts[i:]) for i in range(len(parts)))
@@ -145,13 +145,13 @@ def locate(name: str, folder: Path) -> Path | None:
 
 
 def refuse(reason: str, bad: list[Video], listed: list[Video]):
-    """Raise an error about the bad lines of a list, if there are any."""
+    """Raise ValueError if a list has bad lines."""
     if bad:
         raise ValueError(describe(reason, bad, listed))
 
 
 def describe(reason: str, bad: list[Video], listed: list[Video]) -> str:
-    """How many lines of a list are bad, and which one is the first."""
+    """A message with the number of bad lines in a list, and the first of them."""
     path, number = bad[0].place
     count, total = (sum(video.place[0] == path for video in part) for part in (bad, listed))
     return f"{path}: {count} of {total} {reason}, the first is line {number}: {bad[0].file}"

@@ -1,8 +1,8 @@
-"""Muon (Keller Jordan, 2024): momentum, orthogonalized matrix by matrix.
+"""The Muon optimizer (Keller Jordan, 2024), which orthogonalizes the momentum of each matrix.
 
-Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so learning rates are
-alike. torch.optim.Muon, in torch 2.9 and later, computes the same in bfloat16. Many CPUs only
-emulate that: for the `tiny` model it is 20 times slower there.
+Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), so similar learning rates
+work. torch.optim.Muon (torch 2.9 and later) does the same in bfloat16, which many CPUs only
+emulate, making the `tiny` model's updates 20 times slower.
 """
 import math
 
@@ -33,10 +33,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the same with all singular values near 1.
+    """(rows, columns) -> the same matrix with all singular values near 1.
 
     Each of five Newton-Schulz steps applies an odd polynomial to the singular values. The product
-    of the polynomials' factors is built from `gram` alone, so only the smaller side counts.
+    of the polynomials' factors is built from `gram` alone, so the cost depends on the smaller side.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T

@@ -1,17 +1,17 @@
-"""A dataclass as a command line: every field is an option, with its help and what it may be."""
+"""Build a command line from a dataclass whose fields are options with help and limits."""
 import argparse
 import math
 from dataclasses import field, fields
 
 
 def option(default, help: str, group=None, low=0.0, high=math.inf, choices=None):
-    """A field of such a dataclass. The first one of a group of options gives the group's name."""
+    """A field of such a dataclass. group: the title of a new group of options."""
     return field(default=default, metadata=dict(help=help, group=group, low=low, high=high,
                                                 choices=choices))
 
 
 def read_options(defaults, argv: list[str], description: str) -> tuple:
-    """A command line -> a dataclass like `defaults`, and {option: value} of what it changes."""
+    """Parse argv -> a dataclass like `defaults`, and {option: value} of the changed options."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)

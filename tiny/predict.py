@@ -1,6 +1,6 @@
-"""The most likely classes of videos: python -m tiny.predict RUN VIDEO ...
+"""Print the most likely classes of videos: python -m tiny.predict RUN VIDEO ...
 
-RUN is a run of train_tiny.py, or any fine-tuned checkpoint.
+RUN is the folder of a train_tiny.py run, or any fine-tuned checkpoint.
 """
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from videomae import VideoMAEForVideoClassification
 
 @torch.no_grad()
 def main(run: str, *videos: str) -> int:
-    """Print five classes of each video, report the unreadable -> 1 if there are any, else 0."""
+    """Print the top five classes per video; report unreadable videos -> 1 if any, else 0."""
     finetuned = Path(run, "finetuned")
     source = finetuned if finetuned.is_dir() else run
     if "classifier.weight" not in convert_state_dict(read_checkpoint(source)[0]):
