@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,6 +48,8 @@ def make_parts(folder: Path | None, small: bool) -> list[tuple]:
         ("A killed run resumes", 0.5, ["-c", "import gpu; gpu.kill_and_resume()"]),
     ]
     if folder:
+        code = f"import gpu; gpu.feed({str(folder.resolve())!r}, {20 if small else 200})"
+        parts.append(("How many clips the loader feeds", 0.5, ["-c", code]))
         options = ["--data", folder.resolve(), "--save-every", 20]
         parts.append(("A run on real videos", 3, [train, *options, *few]))
     return parts
@@ -97,7 +100,7 @@ def call(arguments, folder: Path, seconds: float) -> tuple[int | None, str]:
     return code, output
 
 
-# ---- Kill and resume ----------------------------------------------------------------------------
+# ---- Parts of their own -------------------------------------------------------------------------
 
 def train(path: Path | None, each_tenth=None) -> torch.Tensor:
     """-> the losses of 100 steps. With a path, the state is saved at every eighth."""
@@ -127,6 +130,26 @@ def kill_and_resume():
     # A GPU adds up attention's gradients in varying order. A CPU repeats every bit.
     limit = 0.0 if DEVICE == "cpu" else 0.05
     sys.exit(killed != -9 or difference > limit)
+
+
+def feed(folder: str, steps: int):
+    """Read batches of training clips of the GPU recipe, and do nothing else."""
+    from tiny.videos import load_videos
+    from train_tiny import VIDEOS_ON_GPU, Batches
+
+    config = VideoMAEConfig.preset(VIDEOS_ON_GPU.model)
+    clips, _ = load_videos(folder, config, VIDEOS_ON_GPU.fps)
+    batch = VIDEOS_ON_GPU.pretrain_batch
+    batches = Batches(clips, torch.arange(len(clips.labels)), batch)
+    for workers in (1, 2, 4):
+        loader = DataLoader(batches, batch_size=None, sampler=range(steps + 1),
+                            num_workers=workers)
+        start = 0.0
+        for step, _ in enumerate(loader):
+            if step == 0:
+                start = time.perf_counter()  # workers have started
+        rate = steps * batch / (time.perf_counter() - start)
+        print(f"{workers} workers: {rate:,.0f} clips a second")
 
 
 def main():

@@ -6,7 +6,14 @@ from PIL import Image
 
 from tiny import report
 from tiny.augment import colour_jitter
-from tiny.evaluate import accuracies, choose_labelled, features, linear_probe, probabilities
+from tiny.evaluate import (
+    accuracies,
+    choose_labelled,
+    features,
+    linear_probe,
+    probabilities,
+    start_from_probe,
+)
 from tiny.synthetic import MOTIONS, SyntheticClips, draw_scenes, film
 from videomae import (
     VideoMAEConfig,
@@ -147,6 +154,11 @@ def test_predictions_and_features_are_means_over_views():
             torch.testing.assert_close(tokens[i], expected)
     predictions = linear_probe(encoder, clips, everything[:6], clips)
     assert torch.equal(predictions, clips.labels)
+    before = {name: x.clone() for name, x in classifier.state_dict().items()}
+    start_from_probe(classifier, clips, everything[:6])
+    assert torch.equal(probabilities(classifier, clips).argmax(dim=1), clips.labels)
+    changed = [name for name, x in classifier.state_dict().items() if (x != before[name]).any()]
+    assert changed == ["classifier.weight", "classifier.bias"]
 
 
 def test_accuracies_and_labels():

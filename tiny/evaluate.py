@@ -36,23 +36,44 @@ def features(encoder, clips, indices: Tensor) -> Tensor:
 def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
     """Logistic regression on frozen features of clips[subset] -> predictions (n,) on test_clips."""
     x, y = features(encoder, clips, subset), clips.labels[subset]
+    probe = logistic_regression(x, y, len(clips.classes))
     x_test = features(encoder, test_clips, torch.arange(len(test_clips.labels)))
-    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    return probe(x_test).argmax(dim=1)
 
-    probe = nn.Linear(x.shape[1], len(clips.classes))
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+def start_from_probe(model, clips, subset: Tensor):
+    """Replace a classifier's head by logistic regression on the features of clips[subset].
+
+    A new head is useless at first, and its gradients distort a pretrained encoder's features before
+    it has learned to read them (Kumar et al., ICLR 2022, "LP-FT").
+    """
+    def pooled(pixel_values):  # (B, D), the head's input
+        return model.fc_norm(model.videomae(pixel_values).last_hidden_state.mean(dim=1))
+
+    x, y = mean_over_views(model, pooled, clips, subset), clips.labels[subset]
+    head = logistic_regression(x, y, len(clips.classes))
+    model.classifier.load_state_dict(head.state_dict())
+
+
+def logistic_regression(x: Tensor, y: Tensor, classes: int) -> nn.Linear:
+    """Fit features x (n, D) and labels y (n,)."""
+    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
+    standardized, layer = (x - mean) / std, nn.Linear(x.shape[1], classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(probe(x), y) + 5e-3 * probe.weight.square().sum()
+        loss = F.cross_entropy(layer(standardized), y) + 5e-3 * layer.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return probe(x_test).argmax(dim=1)
+    with torch.no_grad():  # for x as it is
+        layer.weight /= std
+        layer.bias -= layer.weight @ mean
+    return layer
 
 
 def accuracies(predictions: Tensor, labels: Tensor) -> dict:

@@ -1,0 +1,109 @@
+"""Draw the pictures of README and docs/results.md, from docs/results.json and the model in
+tiny/pretrained:
+
+    .venv/bin/python docs/draw.py
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+from tiny.report import draw_rows  # noqa: E402
+from tiny.synthetic import TEST_SEED, SyntheticClips  # noqa: E402
+from videomae import VideoMAEForPreTraining, random_mask  # noqa: E402
+
+COLOURS = {"from scratch": "#888888", "linear probe": "#dd8452", "fine-tuned": "#4c72b0"}
+EXAMPLE = 3  # the held-out clip in the first picture
+
+
+def draw_bars(axis, results: dict, rows: dict, labels: bool = True):
+    """A bar for the mean of each row, with a dot for each seed. rows: {row of results: label}."""
+    for y, row in enumerate(reversed(rows)):
+        colour = COLOURS["from scratch" if row == "from scratch" else "fine-tuned"]
+        axis.barh(y, np.mean(results[row]), color=colour, height=0.6)
+        axis.plot(results[row], [y] * len(results[row]), "k.", markersize=6)
+    axis.set_yticks(range(len(rows)), list(rows.values())[::-1])
+    axis.axvline(np.mean(results["chance"]), color="black", linestyle="--", linewidth=1)
+    axis.set_xlim(0, 100)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_lines(axis, points: dict, chance: float):
+    """points: {x: {way: top-1 of each seed}}; a line through the means, a dot for each seed."""
+    for way, colour in COLOURS.items():
+        known = [x for x in points if way in points[x]]
+        places = [list(points).index(x) for x in known]
+        means = [np.mean(points[x][way]) for x in known]
+        axis.plot(places, means, color=colour, label=way)
+        for place, x in zip(places, known, strict=True):
+            axis.plot([place] * len(points[x][way]), points[x][way], ".", color=colour)
+    axis.set_xticks(range(len(points)), list(points))
+    axis.axhline(chance, color="black", linestyle="--", linewidth=1)
+    axis.set(ylim=(0, 100), ylabel="top-1, %")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
+    """One clip (1, T, 3, H, W) in axes (3, columns): the rows of `draw_rows`, a time step in each
+    column."""
+    torch.manual_seed(0)
+    masked = random_mask("tube", 1, model.config.grid, mask_ratio=0.75)
+    videos = draw_rows(model, clip, masked)[:, 0]  # (3, T, H, W, 3)
+    labels = ("clip", f"what the encoder sees\n(tubes, {masked.float().mean():.0%} masked)",
+              "what the model fills in\n(outlined)")
+    steps = torch.linspace(0, model.config.num_frames - 1, axes.shape[1]).round().long()
+    for row, video, label in zip(axes, videos, labels, strict=True):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
+        for axis, frame in zip(row, video[steps], strict=True):
+            axis.imshow(frame, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+
+
+def draw_first_picture(results: dict) -> Figure:
+    """A reconstruction and the results of `make train`, for the top of README."""
+    model = VideoMAEForPreTraining.from_pretrained(DOCS.parent / "tiny/pretrained")
+    clips = SyntheticClips(32, model.config, TEST_SEED)
+    figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
+    draw_still(left.subplots(3, 4), model, clips.test_views(EXAMPLE))
+    axis = right.subplots()
+    draw_bars(axis, results["synthetic"], {
+        "from scratch": "from scratch,\nsame total time",
+        "tubes, fine-tuned": "pretrained with tubes,\nfine-tuned",
+        "whole frames, fine-tuned": "pretrained with whole\nframes, fine-tuned",
+    })
+    axis.set_title("Accuracy with one label per class, %\n(dots: three seeds; dashed: chance)",
+                   fontsize=11)
+    return figure
+
+
+def draw_results(results: dict) -> Figure:
+    """Four panels for docs/results.md."""
+    figure = Figure(figsize=(11, 7), dpi=90, layout="constrained")
+    axes = figure.subplots(2, 2)
+    ucf101 = results["ucf101"]
+    chance = np.mean(ucf101["chance"])
+    draw_lines(axes[0, 0], results["synthetic labels"], np.mean(results["synthetic"]["chance"]))
+    axes[0, 0].set(title="Synthetic clips, whole frames: labels are worth most while few",
+                   xlabel="labels per class")
+    draw_lines(axes[0, 1], ucf101["labels"], chance)
+    axes[0, 1].set(title="Nine classes of UCF101, tubes", xlabel="labels per class")
+    draw_lines(axes[1, 0], ucf101["pretraining steps"], chance)
+    axes[1, 0].set(title="Nine classes of UCF101, all labels", xlabel="pretraining steps")
+    draw_bars(axes[1, 1], ucf101["masks"] | dict(chance=chance), {
+        name: name for name in ucf101["masks"]})
+    axes[1, 1].set(title="Linear probe after 500 steps, by mask", xlabel="top-1, %")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    results = json.loads((DOCS / "results.json").read_text())
+    draw_first_picture(results).savefig(DOCS / "first.png")
+    draw_results(results).savefig(DOCS / "results.png")
