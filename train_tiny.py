@@ -263,10 +263,10 @@ class Recipe:
     finetune_steps: int = option(300, "training steps; 0 = skip",
                                  "Fine-tuning, and training from scratch")
     finetune_lr: float = option(5e-4, "peak learning rate")
-    probe_first: bool = option(False, "start fine-tuning from the linear probe, not a new head")
     scratch_steps: int = option(1900, "steps from scratch, which take as long as both stages")
     scratch_lr: float = option(2.5e-4, "peak learning rate from scratch")
     finetune_batch: int = option(16, "clips per step, in all processes together", low=1)
+    probe_first: bool = option(False, "start both from a linear probe instead of a new head")
     layer_decay: float = option(1.0, "factor between the learning rates of a layer and the next")
     drop_path: float = option(0.0, "share of clips that skip the last block", high=0.99)
     label_smoothing: float = option(0.0, "share of a label that goes to all classes", high=1)
@@ -331,11 +331,11 @@ def finetune(clips, subset: Tensor, config: VideoMAEConfig, recipe: Recipe, path
     if init:
         model = VideoMAEForVideoClassification.from_pretrained(init, **changes)
         steps, lr, layer_decay = recipe.finetune_steps, recipe.finetune_lr, recipe.layer_decay
-        if recipe.probe_first:
-            start_from_probe(model.to(DEVICE), clips, subset)
     else:
         model = VideoMAEForVideoClassification(replace(config, **changes))
         steps, lr, layer_decay = recipe.scratch_steps, recipe.scratch_lr, 1.0
+    if recipe.probe_first:
+        start_from_probe(model.to(DEVICE), clips, subset)
     loss_of = partial(classification_loss, jitter=recipe.colour_jitter,
                       label_smoothing=recipe.label_smoothing)
     return train(model, clips, subset, recipe.finetune_batch, loss_of, steps, lr, recipe,
