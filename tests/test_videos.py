@@ -256,7 +256,8 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
             assert one.shape[1] == height or one.shape[2] == width, "and just so"
         clips = VideoClips(["A"], torch.zeros(len(frames)), list(decoded.values()), config, views=2)
         windows = clips.train_clips(torch.arange(11))
-        assert windows.shape == (11, 8, 3, height, width), "what videos of all shapes share"
+        shared = tuple(np.min([one.shape[1:3] for one in frames.values()], axis=0))
+        assert windows.shape == (11, 8, 3, *shared), "what videos of all shapes have in common"
         assert clips.prepare(windows).shape == (11, 8, 3, height, width)
         assert clips.test_views(3).shape == (2, 8, 3, height, width)
 
