@@ -1,9 +1,12 @@
 """Train VideoMAE: pretrain without labels, fine-tune on a few, compare with training from scratch.
 
     python train_tiny.py                   synthetic clips, no download; minutes on two CPU cores
-    python train_tiny.py --data FOLDER     your videos, FOLDER/Class/*.mp4
-    python train_tiny.py --data FOLDER --init MCG-NJU/videomae-base     published weights
-    torchrun --nproc_per_node=2 train_tiny.py --data FOLDER             several GPUs
+    python train_tiny.py --data FOLDER     your videos, FOLDER/Class/*.mp4; half an hour, or 20
+                                           minutes on a GPU
+    torchrun --nproc_per_node=2 train_tiny.py --data FOLDER     several GPUs
+
+To start from published weights, with the authors' optimizer, add `--init MCG-NJU/videomae-base
+--optimizer adamw --layer-decay 0.75`.
 
 A run's results, pictures and models go to a folder in runs/ that is named after its options. The
 same command resumes a run that was interrupted, and shows one that is finished, even if code or
@@ -282,17 +285,17 @@ class Recipe:
     save_every: int = option(100, "steps between saved states, from which a run resumes", low=1)
 
 
-# For --data, on two CPU cores in an hour. Chosen on held-out training clips of UCF101.
+# For --data, on two CPU cores in half an hour. Chosen on held-out training clips of UCF101.
 VIDEOS = Recipe(
     labels_per_class=0, views=5, flip=True, image_size=64, mask_ratio=0.9,
     pretrain_steps=3000, pretrain_lr=1e-3, finetune_steps=600, probe_first=True,
     scratch_steps=1000, scratch_lr=5e-4,
     drop_path=0.1, label_smoothing=0.1, colour_jitter=False,
 )
-# On a GPU of 8 GB, in 20 minutes. Sized by arithmetic: docs/results.md.
+# On a GPU of 8 GB, in 20 minutes by arithmetic; see docs/results.md.
 VIDEOS_ON_GPU = replace(
     VIDEOS, model="laptop", image_size=112, pretrain_steps=8000, pretrain_batch=64,
-    finetune_steps=2000, scratch_steps=12_000, finetune_batch=32,
+    finetune_steps=2000, scratch_steps=6000, finetune_batch=32,
 )
 
 
