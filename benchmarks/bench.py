@@ -1,15 +1,15 @@
-"""Speed and memory of this project beside transformers, on the machine at hand.
+"""Compare speed and memory with transformers on the current machine.
 
     python benchmarks/bench.py                    the eight rows of benchmarks/README.md
     python benchmarks/bench.py --only "base pretrain bf16 compiled" processor
 
-All contestants of a row take turns in one process (A B C A B C ...), so that other load on the
-machine falls on each of them, and medians are compared. Ratio is transformers' number over ours:
-above 1, ours is better. The first prediction and memory are measured in fresh processes.
+The candidates in a row take turns in one process (A B C A B C ...), so that other load on the
+machine affects all of them, and medians are compared. The ratio is transformers' number divided by
+ours, so above 1 ours is better. First prediction and memory are measured in fresh processes.
 
-Share of peak is how close a step comes to pure matrix products: the floating-point operations that
-PyTorch counts in our step, at the speed of one large square product, over the step's time. On a
-GPU each step starts on an idle device, and fp32 does not use TF32.
+The share of peak compares a step with pure matrix products: it is the time that the operations
+PyTorch counts in our step would take at the speed of one large square product, divided by the
+step's time. On a GPU each step starts on an idle device, and fp32 does not use TF32.
 """
 import argparse
 import importlib
@@ -42,22 +42,22 @@ torch.backends.cudnn.allow_tf32 = False  # transformers embeds patches with a co
 SIDES = {  # side: (module of the models, module and class of the image processor)
     "ours": ("videomae", "processor", "VideoMAEImageProcessor"),
     "transformers": ("transformers", "transformers.models.videomae.image_processing_pil_videomae",
-                     "VideoMAEImageProcessorPil"),  # the one that needs no torchvision
+                     "VideoMAEImageProcessorPil"),  # works without torchvision
 }
 CLASSES = {"pretrain": "VideoMAEForPreTraining", "classify": "VideoMAEForVideoClassification"}
 SIZES = {  # preset: (batch, mask ratio)
-    "tiny": (1024 if GPU else 32, 0.75),  # 32: of the default run
+    "tiny": (1024 if GPU else 32, 0.75),  # 32 as in the default run
     "laptop": (128 if GPU else 8, 0.75),
     "base": (32 if GPU else 2, 0.9),
 }
 
 
-# ---- What is measured: the same sizes, inputs and optimizer on both sides -----------------------
+# ---- Steps, with the same sizes, inputs and optimizer on both sides -----------------------------
 
 def make_model(side: str, size: str, task: str) -> torch.nn.Module:
-    """A preset with random weights; it pretrains or classifies."""
+    """A preset with random weights, for pretraining or classification."""
     config = VideoMAEConfig.preset(size, use_mean_pooling=task == "classify", num_labels=400,
-                                   head_norm_eps=1e-5)  # transformers knows no other
+                                   head_norm_eps=1e-5)  # fixed in transformers
     models = importlib.import_module(SIDES[side][0])
     if side == "transformers":
         config = models.VideoMAEConfig.from_dict(config_to_json(config), attn_implementation="sdpa")
@@ -75,12 +75,12 @@ def make_step(side: str, size: str, task: str, batch: int, precision="fp32", mod
     model = make_model(side, size, task).to(device).train(task == "pretrain")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device != "meta")
     is_autoencoder = side == "ours" and task == "pretrain"
-    run = model.autoencode if is_autoencoder else model  # one graph, when compiled
+    run = model.autoencode if is_autoencoder else model  # compiles to one graph
     run = torch.compile(run) if mode == "compiled" else run
     autocast = partial(torch.autocast, DEVICE, torch.bfloat16, enabled=precision == "bf16")
 
     def pretrain():
-        # Our mask is split on the CPU. transformers' is indexed on the device.
+        # We split the mask on the CPU. transformers indexes with it on the device.
         masks = split_mask(mask) if side == "ours" else [mask]
         with autocast():
             loss = run(clips, *(x.to(device) for x in masks))[0]
@@ -97,9 +97,9 @@ def make_step(side: str, size: str, task: str, batch: int, precision="fp32", mod
 
 
 def count_operations(size: str, task: str, batch: int) -> int:
-    """Floating-point operations of our step: those of matrix products, attention included."""
-    step = make_step("ours", size, task, batch, device="meta")  # where nothing is computed
-    # The CPU's fused attention would not be counted, plain products are.
+    """Floating-point operations in the matrix products of our step, attention included."""
+    step = make_step("ours", size, task, batch, device="meta")  # meta computes nothing
+    # Plain products, as the CPU's fused attention would not be counted.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
     return counter.get_total_flops()
@@ -108,7 +108,7 @@ def count_operations(size: str, task: str, batch: int) -> int:
 # ---- Rows: row(sides, seconds) -> a number for each side ----------------------------------------
 
 def timed(function) -> float:
-    """Milliseconds that one call takes, the device's work included."""
+    """Milliseconds that one call takes, including the device's work."""
     start = time.perf_counter()
     function()
     if GPU:
@@ -117,7 +117,7 @@ def timed(function) -> float:
 
 
 def take_turns(functions: dict, seconds: float) -> dict[str, float]:
-    """The median time of each: two calls to warm up, then 7 to 50 rounds."""
+    """The median time of each in 7 to 50 rounds, after two calls to warm up."""
     for function in functions.values():
         timed(function)
     one_round = sum(timed(function) for function in functions.values())
@@ -129,7 +129,7 @@ def take_turns(functions: dict, seconds: float) -> dict[str, float]:
 
 
 def step_row(size: str, task: str, precision: str, mode: str, sides, seconds: float) -> dict:
-    """A training step, or a forward pass, and a large matrix product beside them."""
+    """Time a training step or a forward pass, and a large matrix product."""
     batch, n = SIZES[size][0], 8192 if GPU else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -155,7 +155,7 @@ def processor_row(sides, seconds: float) -> dict:
 
 
 def fresh_process(code: str) -> str:
-    """What a new Python prints."""
+    """Run code in a new Python process -> what it prints."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"})
@@ -178,7 +178,7 @@ print(model(**pixels).logits.argmax().item())
 
 
 def first_prediction_row(sides, seconds: float) -> dict:
-    """From starting Python to a clip's class: import, load a ViT-S from disk, process, predict."""
+    """Time from starting Python to a class: import, load a ViT-S from disk, process, predict."""
     with tempfile.TemporaryDirectory() as folder:
         make_model("ours", "small", "classify").save_pretrained(folder)
         VideoMAEImageProcessor().save_pretrained(folder)
@@ -196,7 +196,7 @@ def memory_row(sides, seconds: float) -> dict:
 
 
 def peak_memory(side: str) -> float:
-    """In GiB; on a CPU (Linux only) all that this process has held, libraries included."""
+    """Peak memory in GiB; on a CPU (Linux only), of the whole process with its libraries."""
     step = make_step(side, "base", "pretrain", batch=4)
     step()
     step()
@@ -231,7 +231,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=ROWS, default=IN_README, metavar="ROW",
                         help=f"one or more of: {', '.join(ROWS)}")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the rounds of a row")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of a row")
     args = parser.parse_args(argv)
 
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -1,11 +1,11 @@
-"""What only a GPU can show, in at most 8 minutes and without a network -> docs/gpu.md.
+"""Run what needs a GPU, in at most 8 minutes and without a network, and write docs/gpu.md.
 
     make gpu                                      or, with a run on real videos: make gpu FOLDER=...
-    python benchmarks/gpu.py --small --output X   the same parts in few steps, also on a CPU
+    python benchmarks/gpu.py --small --output X   the same parts with few steps, also on a CPU
 
-Each part is a command with a budget, and may use what earlier parts left of theirs. The page is
-written after each part, so an interrupted run leaves what it has. A part that fails is marked, one
-that runs out of time reports how far it came, and one whose packages are missing is skipped.
+Each part is a command with a time budget, and may use what earlier parts left over. The page is
+written after each part, so an interrupted run keeps its results. A part that fails is marked, one
+that runs out of time reports how far it got, and one whose packages are missing is skipped.
 """
 import argparse
 import os
@@ -30,7 +30,7 @@ MISSING = re.compile("No module named '(av|matplotlib|PIL|tqdm|transformers)'")
 
 
 def make_parts(folder: Path | None, small: bool) -> list[tuple]:
-    """-> (title, minutes, arguments of Python), the most telling part first."""
+    """-> (title, minutes, Python's arguments) of each part, the most informative first."""
     bench, train = ROOT / "benchmarks/bench.py", ROOT / "train_tiny.py"
     rows = [f"{size} pretrain bf16 {mode}"
             for mode in ("eager", "compiled") for size in ("base", "laptop")]
@@ -49,22 +49,22 @@ def make_parts(folder: Path | None, small: bool) -> list[tuple]:
     ]
     if folder:
         code = f"import gpu; gpu.feed({str(folder.resolve())!r}, {20 if small else 200})"
-        parts.append(("How many clips the loader feeds", 0.5, ["-c", code]))
+        parts.append(("Speed of the data loader", 0.5, ["-c", code]))
         options = ["--data", folder.resolve(), "--save-every", 20]
-        parts.append(("A run on real videos", 3, [train, *options, *few]))
+        parts.append(("A run on real videos", 2.5, [train, *options, *few]))
     return parts
 
 
 # ---- The page -----------------------------------------------------------------------------------
 
 def write_page(title: str, parts: list[tuple], page: Path) -> bool:
-    """Run the parts and write down what each printed -> whether none of them failed."""
+    """Run the parts and write a page of what each prints -> whether none of them failed."""
     text, all_well, deadline = f"# {title}\n", True, time.monotonic()
     for title, minutes, arguments in parts:
         start, deadline = time.monotonic(), deadline + 60 * minutes
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             code, output = call(arguments, Path(folder), deadline - start)
-        states = {0: "Passed", None: "Stopped when its time was up"}
+        states = {0: "Passed", None: "Timed out"}
         state, missing = states.get(code, "**Failed**"), MISSING.search(output)
         if code and missing:
             state = f"Skipped, {missing[1]} is not installed"
@@ -72,7 +72,7 @@ def write_page(title: str, parts: list[tuple], page: Path) -> bool:
         state += f" ({time.monotonic() - start:.0f} s)."
 
         command = " ".join(map(str, arguments)).replace(f"{ROOT}/", "")
-        lines = [line for line in output.splitlines() if line.strip(".s ")]  # not pytest's dots
+        lines = [line for line in output.splitlines() if line.strip(".s ")]  # skips pytest's dots
         body = "\n".join([f"$ python {command}", *lines])[-6000:]
         text += f"\n## {title}\n\n{state}\n\n```\n{body}\n```\n"
         write_atomic(page, lambda file, text=text: file.write(text.encode()))
@@ -81,7 +81,7 @@ def write_page(title: str, parts: list[tuple], page: Path) -> bool:
 
 
 def call(arguments, folder: Path, seconds: float) -> tuple[int | None, str]:
-    """Run Python in a folder -> its exit code, None if time was up, and what it printed."""
+    """Run Python in a folder -> its exit code, None if it timed out, and what it printed."""
     paths, log = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]), folder / "output.txt"
     env = os.environ | {"VIDEOMAE_DEVICE": DEVICE, "PYTHONPATH": paths,
                         "NVIDIA_TF32_OVERRIDE": "0"}  # exact fp32, in convolutions too
@@ -92,7 +92,7 @@ def call(arguments, folder: Path, seconds: float) -> tuple[int | None, str]:
     except subprocess.TimeoutExpired:
         code = None
     output = log.read_text(errors="replace")
-    for path in [] if code == 0 else folder.glob("runs/*/*.pt"):  # what `fit` saved on the way
+    for path in [] if code == 0 else folder.glob("runs/*/*.pt"):  # progress saved by `fit`
         state = torch.load(path, weights_only=True, map_location="cpu")
         step, losses = state["step"], state["losses"]
         output += (f"{path.stem}: loss {losses[0]:.3f} -> {losses[step - 1]:.3f} after {step} of "
@@ -100,10 +100,10 @@ def call(arguments, folder: Path, seconds: float) -> tuple[int | None, str]:
     return code, output
 
 
-# ---- Parts of their own -------------------------------------------------------------------------
+# ---- Parts in this file -------------------------------------------------------------------------
 
 def train(path: Path | None, each_tenth=None) -> torch.Tensor:
-    """-> the losses of 100 steps. With a path, the state is saved at every eighth."""
+    """-> the losses of 100 steps. With a path, the state is saved every 8 steps."""
     from tiny.synthetic import SyntheticClips
     from train_tiny import Batches, fit, reconstruction_loss
 
@@ -117,7 +117,7 @@ def train(path: Path | None, each_tenth=None) -> torch.Tensor:
 
 
 def kill_and_resume():
-    """A process dies at step 10. The losses of the resumed run are those of one left alone."""
+    """Kill a process at step 10, resume it and compare its losses with an uninterrupted run's."""
     whole, path = train(None), Path("state.pt")
     code = "import gpu, os; gpu.train(gpu.Path('state.pt'), lambda _: os.kill(os.getpid(), 9))"
     killed = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode
@@ -127,13 +127,13 @@ def kill_and_resume():
     print(f"exit code {killed}, resumed at step {step} of {len(whole)}\n"
           f"loss {whole[0]:.4f} -> {whole[-1]:.4f}, resumed {resumed[-1]:.4f}; "
           f"largest relative difference {difference:.1e}")
-    # A GPU adds up attention's gradients in varying order. A CPU repeats every bit.
+    # A GPU sums attention's gradients in varying order. A CPU is deterministic.
     limit = 0.0 if DEVICE == "cpu" else 0.05
     sys.exit(killed != -9 or difference > limit)
 
 
 def feed(folder: str, steps: int):
-    """Read batches of training clips of the GPU recipe, and do nothing else."""
+    """Time the reading of training batches of the GPU recipe, without training."""
     from tiny.videos import load_videos
     from train_tiny import VIDEOS_ON_GPU, Batches
 
@@ -155,16 +155,16 @@ def feed(folder: str, steps: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="few steps, to see that all parts run")
+    parser.add_argument("--small", action="store_true", help="few steps, to check each part runs")
     parser.add_argument("--data", type=Path, help="a folder of videos, FOLDER/Class/*.mp4")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/gpu.md")
     args = parser.parse_args()
     if DEVICE == "cpu" and not args.small:
-        parser.error("PyTorch finds no GPU; --small runs the same parts in few steps")
+        parser.error("PyTorch finds no GPU; use --small for the same parts with few steps")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "a CPU"
     all_well = write_page(f"On {device}, torch {torch.__version__}",
                           make_parts(args.data, args.small), args.output)
-    print(f"{args.output} is written")
+    print(f"wrote {args.output}")
     sys.exit(not all_well)
 
 

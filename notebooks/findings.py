@@ -1,15 +1,15 @@
-"""The paper's claims tried on synthetic clips: the runs behind 02_findings.ipynb.
+"""Test the paper's claims on synthetic clips, for 02_findings.ipynb.
 
-    python notebooks/findings.py                    every run that findings.json lacks
+    python notebooks/findings.py                    every run missing from findings.json
     python notebooks/findings.py "mask" --seeds 0   one experiment, one seed
-    python notebooks/findings.py --list             the experiments, and how many runs each has
+    python notebooks/findings.py --list             the experiments and their numbers of runs
 
-A run pretrains (0 steps: trains from scratch), fine-tunes on 2 labels per class and is tested on
-1,024 held-out clips, in about two minutes of one core. EXPERIMENTS lists what varies, and BASE has
-the other settings. Runs are added to findings.json one by one, so it can be interrupted.
+A run pretrains (or, with 0 steps, trains from scratch), fine-tunes on 2 labels per class and tests
+on 1,024 held-out clips, in about two minutes on one core. EXPERIMENTS lists what varies, BASE the
+other settings. Each run is saved to findings.json as it ends, so the script can be interrupted.
 
-The runs in findings.json were measured at commit 2ce8c45. Random numbers are drawn in another order
-since, so the same seed now gives another run of the same experiment.
+The runs in findings.json were measured at commit 2ce8c45. The code now draws random numbers in a
+different order, so the same seed gives a different run of the same experiment.
 """
 import argparse
 import json
@@ -37,7 +37,7 @@ BASE = dict(
     mask="tube", mask_ratio=0.75, norm_pix_loss=True, decoder_layers=1, pretrain_steps=500,
     unlabelled_clips=4000, pretrain_on="all motions",
 )
-EXPERIMENTS = {  # name: the settings compared, each as what differs from BASE
+EXPERIMENTS = {  # name: the settings compared, as differences from BASE
     # These ratios mask 8, 12 and 14 of 16 spatial positions.
     "mask ratio": [dict(mask_ratio=ratio) for ratio in (0.5, 0.75, 0.9)],
     "mask": [dict(mask=kind) for kind in ("tube", "random", "frame")],
@@ -50,7 +50,7 @@ EXPERIMENTS = {  # name: the settings compared, each as what differs from BASE
 
 
 def run_once(settings: dict, train_clips=4000, test_clips=1024, finetune_steps=200) -> dict:
-    """Settings of EXPERIMENTS and a seed -> the same, and what came of them: the last loss, and
+    """Settings, with a seed -> the settings and their results: the mean of the last 50 losses, and
     top-1 in percent, fine-tuned and of a linear probe."""
     start, seed, result = time.perf_counter(), settings["seed"], dict(settings)
     size = dict(decoder_num_hidden_layers=settings["decoder_layers"])
@@ -67,7 +67,7 @@ def run_once(settings: dict, train_clips=4000, test_clips=1024, finetune_steps=2
         many = choose_labelled(clips.labels, 100, seed)
         probe = accuracies(linear_probe(model.videomae, clips, many, test), test.labels)
         result |= dict(loss=losses[-50:].mean().item(), probe_800_top1=probe["top1"])
-        # Without the norm at the encoder's end, which a mean-pooled classifier does not have.
+        # Not strict, because a mean-pooled classifier has no norm at the encoder's end.
         classifier.videomae.load_state_dict(model.videomae.state_dict(), strict=False)
 
     batches = Batches(clips, choose_labelled(clips.labels, 2, seed), 16, seed)
@@ -79,7 +79,7 @@ def run_once(settings: dict, train_clips=4000, test_clips=1024, finetune_steps=2
 
 
 def pretrain(model, clips: SyntheticClips, settings: dict) -> torch.Tensor:
-    """In place -> the loss of each step."""
+    """Train the model in place -> the loss of each step."""
     is_chosen = torch.arange(len(clips.labels)) < settings["unlabelled_clips"]
     if settings["pretrain_on"] == "pan and tilt":  # the first four motions
         is_chosen &= clips.labels < 4
@@ -91,12 +91,12 @@ def pretrain(model, clips: SyntheticClips, settings: dict) -> torch.Tensor:
 
 
 def load_results() -> list[dict]:
-    """The runs of findings.json."""
+    """The runs in findings.json."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def results_of(experiment: str, results: list[dict]) -> list[list[dict]]:
-    """For each setting of an experiment, its runs, in order of their seeds."""
+    """The runs of each setting of an experiment, sorted by seed."""
     return [sorted((run for run in results if (BASE | setting).items() <= run.items()),
                    key=lambda run: run["seed"]) for setting in EXPERIMENTS[experiment]]
 
@@ -125,7 +125,7 @@ def main():
                 # Some settings are part of several experiments.
                 if job not in jobs and not any(job.items() <= run.items() for run in results):
                     jobs.append(job)
-    # One process per core, one thread each: the models are too small for more.
+    # One process per core with one thread each, as the models are too small for more.
     spawn = torch.multiprocessing.get_context("spawn")
     with spawn.Pool(os.cpu_count(), torch.set_num_threads, [1]) as pool:
         for number, result in enumerate(pool.imap_unordered(run_once, jobs), start=1):

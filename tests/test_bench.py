@@ -1,4 +1,4 @@
-"""benchmarks/: short rows, two sides that are what they say, and a page about every kind of end."""
+"""Tests of benchmarks/: rows run, the two sides are the right models, the page reports results."""
 import sys
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_the_two_sides_are_ours_and_transformers(task):
     assert counts[0] == counts[1]
 
 
-def test_a_page_says_how_each_part_ended(tmp_path):
+def test_the_page_reports_how_each_part_ended(tmp_path):
     hangs = "import time; print('started', flush=True); time.sleep(60)"
     parts = [
         ("Hangs", 0.03, ["-c", hangs]),
@@ -56,7 +56,7 @@ def test_a_page_says_how_each_part_ended(tmp_path):
     title, *ends = page.read_text().split("\n## ")
     assert title == "# On this machine\n"
     for end, expected in zip(ends, [
-        ("Hangs", "Stopped when its time was up (2 s)", "started"),
+        ("Hangs", "Timed out (2 s)", "started"),
         ("Works", "Passed", gpu.DEVICE),
         ("Lacks", "Skipped, av is not installed", "$ python -c raise"),
         ("Fails", "**Failed**", "ZeroDivisionError"),

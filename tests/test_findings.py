@@ -1,4 +1,4 @@
-"""notebooks/findings.py in few steps."""
+"""Test of notebooks/findings.py with few steps."""
 import importlib.util
 from pathlib import Path
 

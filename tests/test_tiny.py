@@ -1,4 +1,4 @@
-"""tiny/: synthetic clips, colours, evaluation, tables and pictures; test_videos.py has the rest."""
+"""Tests of tiny/ except videos: synthetic clips, colours, evaluation, pictures and tables."""
 import numpy as np
 import pytest
 import torch
@@ -35,7 +35,7 @@ def seeded():
 # Synthetic clips: the label is the motion, and no single frame gives it away
 
 
-def test_the_same_seed_gives_the_same_clips_and_draws_from_nobody():
+def test_the_same_seed_gives_the_same_clips_and_keeps_the_global_generator():
     before = torch.get_rng_state()
     clips, again, others = (SyntheticClips(20, TINY, seed) for seed in (5, 5, 6))
     assert torch.equal(torch.get_rng_state(), before)
@@ -45,12 +45,12 @@ def test_the_same_seed_gives_the_same_clips_and_draws_from_nobody():
     assert torch.equal(clips.train_clips(index), clips.clips[index])
     assert torch.equal(clips.test_views(3), normalize(clips.clips[3:4]))
     for wrong in (dict(image_size=(32, 40)), dict(num_channels=1)):
-        with pytest.raises(ValueError, match="synthetic clips: got .* expected 3 and a square"):
+        with pytest.raises(ValueError, match="synthetic clips: got .* expected 3 channels and"):
             SyntheticClips(20, VideoMAEConfig.preset("tiny", **wrong), 0)
 
 
 def test_the_middle_frame_does_not_depend_on_the_label():
-    """The same draws with another label: the middle frame is the same to the last bit."""
+    """With the same random draws, every label gives the same middle frame, bit for bit."""
     def clips(label):
         torch.manual_seed(1)
         return film(scenes, torch.full((64,), label), 8, 32)
@@ -63,9 +63,9 @@ def test_the_middle_frame_does_not_depend_on_the_label():
                    for i in range(8) for j in range(i))
 
 
-def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
-    """The best cue in one frame is how fine it is. Learned on other clips, it says nothing of the
-    middle frame, and of the first less than which way each zoom goes (2 of 8 classes more)."""
+def test_a_single_frame_tells_at_most_zoom_in_from_zoom_out():
+    """The best cue in one frame is how fine it is. It leaves the middle frame near chance, and
+    on the first gains less than recognizing both zooms (2 of 8 classes) would."""
     train_clips, test_clips = (SyntheticClips(3000, TINY, seed) for seed in (11, 12))
 
     def fineness(clips, frame):
@@ -73,7 +73,7 @@ def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
 
     def top1(frame):
         fine, test_fine = fineness(train_clips, frame), fineness(test_clips, frame)
-        edges = fine.quantile(torch.linspace(0, 1, 21)[1:-1])  # 20 bins, each with its usual label
+        edges = fine.quantile(torch.linspace(0, 1, 21)[1:-1])  # 20 bins, each predicting one label
         counts = torch.zeros(20, len(MOTIONS))
         bins = torch.bucketize(fine, edges), train_clips.labels
         counts.index_put_(bins, torch.ones(3000), accumulate=True)
@@ -84,7 +84,7 @@ def test_a_single_frame_gives_at_most_zoom_in_from_zoom_out_away():
 
 
 def motion_by_optical_flow(clips):
-    """(B, T, C, 32, 32) uint8 -> (B,) MOTIONS index: least squares of I_t + u . grad I = 0, where
+    """(B, T, C, 32, 32) uint8 -> (B,) MOTIONS index by least squares of I_t + u . grad I = 0, where
     u = shift + rotation * (-y, x) + zoom * (x, y)."""
     video = clips.float()
     average = (video[:, 1:] + video[:, :-1]) / 2
@@ -92,7 +92,7 @@ def motion_by_optical_flow(clips):
     dx = (average[..., 1:-1, 2:] - average[..., 1:-1, :-2]) / 2
     dy = (average[..., 2:, 1:-1] - average[..., :-2, 1:-1]) / 2
     y, x = torch.meshgrid(torch.arange(30) - 14.5, torch.arange(30) - 14.5, indexing="ij")
-    # Turning about another centre is the same turn and a shift, so the shift is free here.
+    # A turn about another centre is the same turn plus a shift, so a shift is fitted too.
     columns = torch.stack([dx, dy, dy * x - dx * y, dx * x + dy * y], dim=-1)
     dt = -dt.flatten(1)[..., None]
     solution = torch.linalg.lstsq(columns.flatten(1, -2), dt).solution[..., 0]
@@ -119,18 +119,18 @@ def test_colour_jitter_changes_colours_and_nothing_else():
     clip, signs = torch.randn(64, 2, 3, 8, 8), set()
     jittered = colour_jitter(clip)
     for before, after in zip(clip, jittered, strict=True):
-        # Each channel is a straight function of one channel before, alike in time.
+        # Each channel is a linear function of one input channel, the same in all frames.
         channels = torch.cat([before, after], dim=1).transpose(0, 1).flatten(1)  # (6, T H W)
         correlation = channels.corrcoef()[3:, :3]
         is_source = correlation.abs() > 0.9999
         assert is_source.sum() == 3
         signs.add(tuple(correlation[is_source].sign().tolist()))
-    assert len(signs) == 8, "each channel is negated or not, whatever the others are"
-    assert jittered.std(dim=(1, 3, 4)).std(dim=1).min() > 0.005, "and has its own contrast"
+    assert len(signs) == 8, "each channel is negated independently"
+    assert jittered.std(dim=(1, 3, 4)).std(dim=1).min() > 0.005, "each channel has its own contrast"
 
 
 class TwoViews:
-    """A data set by the protocol in tiny/__init__.py: noise whose mean is the label."""
+    """A data set as described in tiny/__init__.py: noise whose mean is the label."""
 
     classes = ["dark", "bright", "blinding"]
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 0, 1, 2, 2, 2])
@@ -178,7 +178,7 @@ def test_accuracies_and_labels():
 # Pictures and tables
 
 
-def test_the_table_has_a_row_for_each_way_and_a_spread_for_several_runs():
+def test_the_table_has_a_row_per_method_and_a_spread_over_runs():
     def run(data, plus=0.0):
         return dict(recipe=dict(data=data, labels_per_class=2), results={
             "pretraining": dict(seconds=100.0),
@@ -212,7 +212,7 @@ def test_the_table_has_a_row_for_each_way_and_a_spread_for_several_runs():
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_the_picture_shows_what_is_predicted_and_says_what_is_borrowed(
+def test_the_picture_shows_predictions_and_states_what_is_from_the_clip(
     norm_pix_loss, tmp_path, monkeypatch
 ):
     saved, save_gif = [], report.save_gif

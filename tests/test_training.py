@@ -1,5 +1,4 @@
-"""train_tiny.py: the loop on its own; runs that are killed, have several processes, train on
-videos; wrong options."""
+"""Tests of train_tiny.py: the loop alone; killed, distributed and video runs; wrong options."""
 import json
 import re
 import shutil
@@ -50,8 +49,8 @@ def line(count=12, dropout=0.1):
     return nn.Sequential(*layers), batches, lambda m, x, y: (m(x) - y).square().mean()
 
 
-def test_fit_needs_no_run(tmp_path, monkeypatch):
-    """Any model, batches and loss; it learns, leaves no file, and computes a batch in parts."""
+def test_fit_trains_any_model(tmp_path, monkeypatch):
+    """`fit` takes any model, batches and loss, writes no files and accumulates gradients."""
     monkeypatch.chdir(tmp_path)
     model, batches, loss_of = line(200)
     tenths = []
@@ -65,7 +64,7 @@ def test_fit_needs_no_run(tmp_path, monkeypatch):
     torch.testing.assert_close(whole, parts)
 
 
-def test_a_loss_that_is_not_finite_stops_and_the_last_state_stays_good(tmp_path, capsys):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, capsys):
     path = tmp_path / "line.pt"
     model, batches, loss_of = line()
     expected = fit(model, batches, loss_of, 12, 1e-2)
@@ -81,7 +80,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_state_stays_good(tmp_path,
         fit(line()[0], batches, loss_of, 13, 1e-2, path=path)
 
 
-def test_every_clip_comes_once_in_an_epoch_and_in_one_process():
+def test_every_clip_is_used_once_per_epoch_by_one_process():
     whole, *halves = (Batches(None, torch.arange(100, 110), 4, rank=rank, world=world)
                       for rank, world in ((0, 1), (0, 2), (1, 2)))
     steps = [whole.indices(step).tolist() for step in range(5)]
@@ -95,7 +94,7 @@ def test_every_clip_comes_once_in_an_epoch_and_in_one_process():
 
 @pytest.mark.parametrize("stage", ["pretraining", "fine-tuning"])
 def test_every_tensor_is_made_on_the_models_device(stage):
-    """The meta device finds without a GPU what a GPU would: an operation on two devices fails."""
+    """The meta device catches operations that mix two devices, without needing a GPU."""
     config = VideoMAEConfig.preset("tiny", num_labels=8, use_mean_pooling=stage == "fine-tuning",
                                    drop_path_rate=0.5, hidden_dropout_prob=0.1)
     frames = torch.empty(4, 8, 3, 32, 32, dtype=torch.uint8, device="meta")
@@ -117,7 +116,7 @@ def test_every_tensor_is_made_on_the_models_device(stage):
     loss.backward()
     optimizers = make_optimizers(model, "muon", 3.0, (0.9, 0.95), 0.05, 0.75)
     for group in optimizers["adamw"].param_groups:
-        group["fused"] = False  # has no meta
+        group["fused"] = False  # not supported on meta
     scaler = torch.amp.GradScaler("meta", enabled=False)
     train_tiny.update(model, optimizers.values(), scaler, 1e-3, 1.0)
     assert loss.device.type == "meta"
@@ -125,7 +124,7 @@ def test_every_tensor_is_made_on_the_models_device(stage):
 
 def test_learning_rates_by_layer_and_step():
     def groups(model, kind, layer_decay):
-        """-> {a parameter's name: (the optimizer's, scale of the learning rate, decay)}."""
+        """-> {parameter name: (optimizer name, learning rate scale, weight decay)}."""
         names = {id(p): name for name, p in model.named_parameters()}
         optimizers = make_optimizers(model, kind, 3.0, (0.9, 0.95), 0.05, layer_decay)
         return {names[id(p)]: (kind, group["scale"], group["weight_decay"])
@@ -150,10 +149,10 @@ def test_learning_rates_by_layer_and_step():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon needs torch 2.9")
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 160)])
-def test_muon_is_torchs_but_for_its_precision(shape):
-    """Rounding to bfloat16, 3 digits, makes more of a difference than 1 %, and not of 5 %."""
+def test_muon_matches_torchs_up_to_rounding(shape):
+    """Rounding to bfloat16 (3 digits) makes a difference of more than 1 % but less than 5 %."""
     start, generator = torch.randn(shape), torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     options = dict(lr=0.1, weight_decay=0.05)
@@ -173,7 +172,7 @@ def test_muon_is_torchs_but_for_its_precision(shape):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """train_tiny.main(...) in an empty directory -> the contents of results.json."""
+    """Run train_tiny.main(...) in an empty directory -> the contents of results.json."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, name):
@@ -184,7 +183,7 @@ def main(tmp_path, monkeypatch):
 
 
 def command(*arguments, processes=1):
-    """The command line for another process."""
+    """The command that runs train_tiny.py in a new process."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     return [sys.executable, *launcher * (processes > 1), str(HERE / "train_tiny.py"),
             *map(str, arguments)]
@@ -225,7 +224,7 @@ def test_a_run_learns_and_leaves_its_models(whole):
 
 
 def check_pretrained(folder):
-    """The saved model is the one that was trained: it has the last losses."""
+    """The saved model's loss is close to the last training loss."""
     model = VideoMAEForPreTraining.from_pretrained(folder / "pretrained")
     clips = SyntheticClips(64, model.config, seed=9).clips
     loss = model(normalize(clips), random_mask("frame", 64, model.config.grid, 0.75)).loss.item()
@@ -244,12 +243,12 @@ def test_a_finished_run_is_shown_and_not_run_again(whole, monkeypatch, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
 
 
-def test_killed_at_any_moment_the_same_command_resumes_to_the_same_bits(whole, tmp_path):
-    """kill -9, three times, each at another moment of the run; then to the end."""
+def test_a_run_killed_at_any_moment_resumes_to_bit_identical_results(whole, tmp_path):
+    """kill -9 at three random moments, then run to the end."""
     rng, folder = np.random.default_rng(), tmp_path / "runs/whole"
 
     def changes():
-        """When the folder's files were written."""
+        """The modification times of the folder's files."""
         return sorted(file.stat().st_mtime_ns for file in folder.glob("*.[pj]*"))
 
     for _ in range(3):
@@ -277,17 +276,17 @@ def test_killed_at_any_moment_the_same_command_resumes_to_the_same_bits(whole, t
 
 
 def test_two_processes_train_together(whole, tmp_path):
-    """Each draws masks of its own, so that the losses are near those of one process, not equal."""
+    """Each process draws its own masks, so the losses only come close to those of one process."""
     done = subprocess.run(command(*TOY, "--scratch-steps", 0, "--name", "two", processes=2),
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Everything is in runs/two/") == 1, "one process speaks"
+    assert done.stdout.count("Everything is in runs/two/") == 1, "only one process prints"
     folder = tmp_path / "runs/two"
     assert files(folder) == FILES and read_results(folder)["processes"] == 2
     ours, theirs = (read_results(run)["results"]["pretraining"]["losses"]
                     for run in (whole, folder))
     assert ours != theirs and np.abs(np.subtract(ours, theirs)).max() < 0.1
-    check_pretrained(folder)  # weights that drift apart would not fit the shared losses
+    check_pretrained(folder)  # fails if the processes' weights drift apart
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,7 +340,7 @@ def test_options_have_help_and_name_the_folder(capsys):
 
 @pytest.fixture
 def video_folder(tmp_path):
-    """Two classes of motion as real files: 5 groups each, of odd sizes and lengths; one broken."""
+    """Videos of two motions, 5 groups each, of odd sizes and lengths, and a broken file."""
     config = VideoMAEConfig.preset("tiny", image_size=64, num_frames=40)
     clips = SyntheticClips(100, config, seed=6)
     for name, label in (("Left", 0), ("Zoom In", 6)):
@@ -359,11 +358,11 @@ VIDEOS = ["--fps", 12.5, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetu
 
 
 def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
-    """A whole run on real files; fine-tuning alone, from its weights; a folder that has changed."""
+    """A full run on videos, fine-tuning alone from its weights, and a folder that has changed."""
     data = ["--data", video_folder, *VIDEOS]
     results = main(*data, "--model", "tiny", name="videos")
     said = capsys.readouterr().out
-    assert "v_Left_g09_c01.mp4" in said, "the broken file is named"
+    assert "v_Left_g09_c01.mp4" in said, "the broken file is reported"
     assert "8 training clips (8 labelled, 2 classes), 2 test clips" in said
     assert "| all labels | top-1, % | mean class accuracy, % | seconds |" in said
     assert files(tmp_path / "runs/videos") == FILES
@@ -376,7 +375,7 @@ def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
     assert ours == theirs, "the same encoder and seed"
     assert "pretraining" not in again["results"]
 
-    # A folder that has changed could move clips that were trained on to the test split.
+    # A changed folder could move training clips to the test split.
     (tmp_path / "runs/videos/table.md").unlink()  # as if the run had been interrupted
     shutil.copy(next(video_folder.glob("Left/*.avi")), video_folder / "Left/v_Left_g00_c01.avi")
     with pytest.raises(ValueError, match="runs/videos was started with other clips"):
@@ -384,7 +383,7 @@ def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
 
 
 def test_published_weights_are_fine_tuned_on_a_folder(main, video_folder, tmp_path, caplog):
-    """--init with a directory of transformers: its frames and size are used, the head is new."""
+    """--init with a transformers directory keeps its frames and size and adds a new head."""
     main("--data", video_folder, *VIDEOS, "--scratch-steps", 0, "--init",
          HERE / "golden/hf_pretrain_tiny", name="hf")
     assert "classifier." in caplog.text and "fc_norm." in caplog.text

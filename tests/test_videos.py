@@ -1,6 +1,6 @@
-"""Videos that people bring: their folders and lists, broken files, predictions.
+"""Tests of tiny/ on users' videos: folders and lists, broken files, predictions.
 
-    FUZZ=300 python -m pytest -q -s tests/test_videos.py     so many lists and damaged videos
+    FUZZ=300 python -m pytest -q -s tests/test_videos.py     300 random lists and damaged videos
 """
 import collections
 import os
@@ -43,7 +43,7 @@ def seeded():
 
 
 def ramp(frames):
-    """(frames, 48, 64, 3): each frame of one colour, which tells its time."""
+    """(frames, 48, 64, 3) uint8; the colour of each frame encodes its time."""
     t = np.arange(frames)
     colours = np.stack([20 + 200 * t // frames, np.full(frames, 120), 200 - 150 * t // frames], 1)
     return np.tile(colours[:, None, None].astype(np.uint8), (1, 48, 64, 1))
@@ -60,7 +60,7 @@ def touch(folder, *names):
 
 
 def split(folder, number=1):
-    """-> [{(class name, file name)} to train on, and to test on]."""
+    """-> [{(class name, file name)} of the training videos, and of the test videos]."""
     videos = find_videos(folder, number)
     parts = split_videos(folder, videos, {video.label for video in videos})
     return [{(video.label, video.file.name) for video in part} for part in parts]
@@ -86,7 +86,7 @@ def test_folders_split_by_group_by_lists_or_as_they_are(tmp_path, capsys):
         trained = {("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")}
         tested = {("A", f"v_A_g0{g}_c01.avi"), ("B", f"v_B_g0{g}_c01.avi")}
         assert split(tmp_path, number) == [trained, tested]
-        said = "1 of 3 files are of classes that are not here, the first is line 3: C/not_here"
+        said = "1 of 3 files belong to classes without a folder, the first is line 3: C/not_here"
         assert said in capsys.readouterr().out
     with pytest.raises(ValueError, match="trainlist03.txt: no such file"):
         split(tmp_path, 3)
@@ -104,7 +104,7 @@ def test_folders_split_by_group_by_lists_or_as_they_are(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
-def test_test_is_a_split_beside_train_and_else_a_class(tmp_path, held_out):
+def test_a_folder_named_test_is_a_split_beside_train_and_otherwise_a_class(tmp_path, held_out):
     for name in ("A", held_out):
         touch(tmp_path / "classes", *(f"{name}/{i}.mp4" for i in (1, 2)))
         touch(tmp_path / "splits", f"train/{name}/1.mp4", f"{held_out}/{name}/2.MP4")
@@ -120,9 +120,9 @@ def test_folders_that_cannot_be_used_are_refused_before_anything_is_printed(tmp_
             load_videos(folder, config, 25.0, cache=tmp_path / "cache")
 
     refused("nowhere: no such folder", tmp_path / "nowhere")
-    refused("got no video, expected videos of two classes or more, Class/")
+    refused("got no videos, expected videos of at least two classes, Class/")
     touch(tmp_path, "A/one.mp4", "A/two.mp4")
-    refused(r"got \['A'\], expected videos of two classes or more")
+    refused(r"got \['A'\], expected videos of at least two classes")
     touch(tmp_path, "B/one.mp4")
     refused("no train video of class B can be read")
     touch(tmp_path, "B/two.mp4")
@@ -142,8 +142,8 @@ REASONS = {
 
 
 def write_lists(rng, folder) -> tuple[list, str]:
-    """Write videos, train.csv and test.csv in some person's way -> what they mean, as `split` has
-    it, and a pattern of the error that must come instead, "" if they can only mean one thing."""
+    """Write videos, train.csv and test.csv in a random format -> the result expected of `split`,
+    and a pattern of the error expected instead, "" if the lists are valid."""
     layout = rng.choice(["classes", "classes", "flat", "people", "splits"])
     is_folder = layout == "classes"
     how = rng.choice(["number", "from 1", "1.0", "name"] + ["same", "none"] * is_folder)
@@ -156,7 +156,7 @@ def write_lists(rng, folder) -> tuple[list, str]:
     if fault in ("label", "twice", "third", "bare") and how in ("same", "none"):
         fault = ""
     if fault == "label" and not is_folder or fault == "bare" and is_folder:
-        fault = ""  # then it is none
+        fault = ""  # not a fault in this layout
     victim = rng.choice([number for number in range(3, 24) if number % 4])
 
     parts, lists = [set(), set()], [[], []]
@@ -211,7 +211,7 @@ def test_lists_are_read_as_people_write_them(tmp_path):
             got = split(folder)
             is_right, outcome = got == expected and not error, "read"
         except ValueError as refusal:
-            got, outcome = str(refusal), "refused by file and line"
+            got, outcome = str(refusal), "refused with file and line"
             is_right = error and re.search(error, got)
         outcomes[outcome if is_right else "wrong"] += 1
         if not is_right:
@@ -222,11 +222,11 @@ def test_lists_are_read_as_people_write_them(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Decoded
+# Decoding
 
 
-def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
-    """What a folder of a real person holds: whatever can be decoded gives a clip."""
+def test_odd_videos_are_read_and_broken_ones_reported(tmp_path, capsys):
+    """Whatever can be decoded gives a clip."""
     video = ramp(40)
     video[:, :24] = 0  # the upper half is black
     folder = tmp_path / "A"
@@ -253,11 +253,11 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
         config = VideoMAEConfig.preset("tiny", image_size=(height, width))
         for one in frames.values():
             assert one.shape[1] >= height and one.shape[2] >= width, "covers the model's rectangle"
-            assert one.shape[1] == height or one.shape[2] == width, "and just so"
+            assert one.shape[1] == height or one.shape[2] == width, "and no more"
         clips = VideoClips(["A"], torch.zeros(len(frames)), list(decoded.values()), config, views=2)
         windows = clips.train_clips(torch.arange(11))
         shared = tuple(np.min([one.shape[1:3] for one in frames.values()], axis=0))
-        assert windows.shape == (11, 8, 3, *shared), "what videos of all shapes have in common"
+        assert windows.shape == (11, 8, 3, *shared), "the smallest height and width"
         assert clips.prepare(windows).shape == (11, 8, 3, height, width)
         assert clips.test_views(3).shape == (2, 8, 3, height, width)
 
@@ -275,8 +275,8 @@ def test_odd_videos_are_read_and_broken_ones_named(tmp_path, capsys):
     assert turned[:, -8:].mean() < 30 < turned[:, :8].mean(), "black on the right"
 
 
-def test_decoded_frames_are_the_video(tmp_path):
-    """Colours and order survive the way from a file to a clip; a short video repeats its last."""
+def test_decoded_frames_match_the_video(tmp_path):
+    """Colours and order survive decoding, and a short video repeats its last frame."""
     write_video(tmp_path / "one.mp4", ramp(6))
     decoded = decode(tmp_path / "one.mp4", (32, 32), 25.0, tmp_path)
     clips = VideoClips(["A"], torch.zeros(1), [decoded], TINY)
@@ -294,9 +294,9 @@ def seconds_seen(path, length, fps):
     return (red - 20) / 200 * length
 
 
-def test_time_counts_and_not_frames(tmp_path):
-    """The same two seconds at 25, 30 and 60 frames a second, and at a rate that changes, give the
-    same frames, to within one frame of the video."""
+def test_sampling_follows_time_not_frame_numbers(tmp_path):
+    """The same two seconds at 25, 30 and 60 fps, and at a rate that changes, give the same frames,
+    to within one frame of the video."""
     for rate in (25, 30, 60):
         write_video(tmp_path / f"{rate}.mp4", ramp(2 * rate), rate=rate)
     stamps = np.concatenate([np.arange(0, 500, 40), np.arange(500, 2000, 100)])  # milliseconds
@@ -306,19 +306,19 @@ def test_time_counts_and_not_frames(tmp_path):
         seen = seconds_seen(tmp_path / name, 2.0, 6.25)
         assert len(seen) in (12, 13), name
         expected = np.arange(len(seen)) / 6.25
-        assert np.abs(seen - expected).max() < 1 / slowest + 0.04, name  # 0.04: of the coding
+        assert np.abs(seen - expected).max() < 1 / slowest + 0.04, name  # 0.04 for compression
     assert len(seconds_seen(tmp_path / "25.mp4", 2.0, 50)) in (99, 100), "frames are repeated"
 
 
 @pytest.mark.parametrize("name, first", [
     ("a.mp4", 0), ("live.mkv", 0), ("a.mpg", 0), ("a.mkv", 2500), ("a.webm", 2500),
     ("a.avi", 2500), ("a.mp4", 2500), ("a.mpg", 2500)])
-def test_views_are_spread_wherever_the_time_begins(tmp_path, name, first):
-    """20 s, in a file whose time begins at 0 or at 100 s: what is seen in training, in testing
-    and in `predict` are the same frames."""
+def test_views_are_spread_evenly_whatever_the_first_timestamp(tmp_path, name, first):
+    """Training, testing and `predict` see the same frames of a 20 s video, whether its timestamps
+    begin at 0 or at 100 s."""
     path, frames = tmp_path / name, ramp(500)
     codec = {".webm": "libvpx", ".mpg": "mpeg1video"}.get(path.suffix, "mpeg4")
-    live = {"live": "1"} if name == "live.mkv" else {}  # a header that does not say how long it is
+    live = {"live": "1"} if name == "live.mkv" else {}  # the header has no duration
     write_video(path, frames, codec=codec, stamps=np.arange(500) + first, **live)
     views = read_views(path, TINY, 25.0, views=4)  # (4, 8, 3, 32, 32)
     starts = (np.arange(4) + 0.5) / 4 * (500 - 8)
@@ -331,7 +331,7 @@ def test_views_are_spread_wherever_the_time_begins(tmp_path, name, first):
 
 
 def test_windows_are_random_and_views_are_not(tmp_path):
-    """Which frames and places make a clip, read off a video whose colours tell time and column."""
+    """A video whose colours encode time and column shows what each clip contains."""
     video = np.zeros((50, 32, 96, 3), dtype=np.uint8)
     video[..., 0] = 5 * np.arange(50)[:, None, None]
     video[..., 1] = 2 * np.arange(96)
@@ -343,12 +343,12 @@ def test_windows_are_random_and_views_are_not(tmp_path):
     index = torch.zeros(600, dtype=torch.int64)
     windows = clips.train_clips(index)  # (600, 8, 3, 32, 96)
     starts = windows[:, 0, 0, 0, 0] // 5
-    assert set(starts.tolist()) == set(range(43)), "every start there is"
-    assert (windows[:, :, 0, 0, 0].int().diff(dim=1) == 5).all(), "frame by frame"
+    assert set(starts.tolist()) == set(range(43)), "every possible start"
+    assert (windows[:, :, 0, 0, 0].int().diff(dim=1) == 5).all(), "consecutive frames"
     drawn = 255 * denormalize(clips.prepare(windows).movedim(2, -1))  # (600, 8, 32, 32, 3)
-    assert (drawn[..., 0].diff(dim=1) - 5).abs().max() < 1e-3, "all frames alike"
+    assert (drawn[..., 0].diff(dim=1) - 5).abs().max() < 1e-3, "all frames are cropped alike"
     columns = drawn[:, 0, 0, :, 1] / 2  # (600, 32)
-    assert columns[:, 0].min() < 4 and columns[:, -1].max() > 91, "anywhere"
+    assert columns[:, 0].min() < 4 and columns[:, -1].max() > 91, "crops reach both sides"
     assert columns[:, 0].unique().numel() > 40
     assert (columns.diff(dim=1) >= 0).all(), "not mirrored"
 
@@ -361,14 +361,13 @@ def test_windows_are_random_and_views_are_not(tmp_path):
 
 
 def test_crops_are_rectangles_of_the_frame():
-    """In frames whose colours are their places, x in red and y in green, a crop's colours tell
-    which rectangle it shows."""
+    """With x encoded in red and y in green, a crop's colours show which rectangle it is."""
     frames = torch.zeros(2000, 2, 3, 40, 60)
     frames[:, :, 0], frames[:, :, 1] = torch.arange(60) + 0.5, torch.arange(40)[:, None] + 0.5
     for height, width in ((32, 32), (16, 48), (64, 32), (40, 60)):
         crops = crop_and_flip(frames, height, width, flip=False)
         assert crops.shape == (2000, 2, 3, height, width)
-        assert torch.equal(crops[:, 0], crops[:, 1]), "all frames of a clip alike"
+        assert torch.equal(crops[:, 0], crops[:, 1]), "all frames are cropped alike"
         x, y = crops[:, 0, 0, 8], crops[:, 0, 1, :, 8]  # (2000, width), (2000, height)
         pixel_w, pixel_h = (x[:, -9] - x[:, 8]) / (width - 17), (y[:, -9] - y[:, 8]) / (height - 17)
         largest = min(40 / height, 60 / width)
@@ -376,19 +375,18 @@ def test_crops_are_rectangles_of_the_frame():
         steps = (scales[..., None] - torch.tensor([1, 0.875, 0.75, 0.66])).abs().min(dim=-1)
         assert steps.values.max() < 1e-3
         assert steps.indices.diff(dim=1).abs().max() == 1
-        assert len(steps.indices.unique(dim=0)) == 10, "every pair of sides at most a step apart"
+        assert len(steps.indices.unique(dim=0)) == 10, "all pairs of scales at most a step apart"
         left, top = x[:, 8] - 8.5 * pixel_w, y[:, 8] - 8.5 * pixel_h
         room_x, room_y = 60 - width * pixel_w, 40 - height * pixel_h
         for place, room in ((left, room_x), (top, room_y)):
             assert place.min() > -1e-3 and (place - room).max() < 1e-3, "within the frame"
             if room.max() > 1:
                 share = (place / room)[room > 1]
-                assert share.min() < 0.02 and share.max() > 0.98, "anywhere in it"
-
+                assert share.min() < 0.02 and share.max() > 0.98, "up to its edges"
 
 
 # --------------------------------------------------------------------------------------------------
-# Damaged
+# Damaged files
 
 
 CODECS = {"h264.mp4": "libx264", "mpeg4.avi": "mpeg4",
@@ -397,7 +395,7 @@ CODECS = {"h264.mp4": "libx264", "mpeg4.avi": "mpeg4",
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """{name: a video of 120 frames, with a key frame in every 30}."""
+    """{name: a video of 120 frames with a key frame every 30}."""
     folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     frames = ramp(120) // 2 + rng.integers(0, 90, (120, 48, 64, 3), dtype=np.uint8)
     for name, codec in CODECS.items():
@@ -417,7 +415,7 @@ def frames_to_the_first_error(path):
 
 
 def test_damaged_packets_cost_few_frames_and_are_reported(whole, tmp_path, capsys):
-    """What was decoded before the first error is, and every group of frames that is whole."""
+    """All frames before the first error are read, and so is every intact group of frames."""
     kinds = {
         "one": lambda i, is_key: i == 50,
         "every 50th": lambda i, is_key: i % 50 == 7,
@@ -457,8 +455,8 @@ def test_damaged_packets_cost_few_frames_and_are_reported(whole, tmp_path, capsy
         print(*outcomes.items(), sep="\n")
 
 
-def test_a_broken_file_does_not_take_a_class_its_test_video(tmp_path, capsys):
-    """The first group of each class is for testing; of B, it is the first that can be read."""
+def test_a_broken_file_does_not_cost_a_class_its_test_video(tmp_path, capsys):
+    """The first group of a class that can be read is for testing."""
     data = tmp_path / "data"
     for name in "AB":
         for g in (1, 2, 3):
@@ -472,27 +470,27 @@ def test_a_broken_file_does_not_take_a_class_its_test_video(tmp_path, capsys):
     assert not set(train_clips.videos) & set(test_clips.videos)
     assert re.fullmatch(
         rf"skipped: {broken}: cannot be decoded \(Invalid data .*\)\n"
-        rf"decoding 5 of 6 videos into {tmp_path}/cache/: about 0.00 GB, \d+.\d GB are free\n"
-        "3 of 5 videos have fewer than 8 frames at 25 a second; their last frame is repeated\n",
+        rf"decoding 5 of 6 videos into {tmp_path}/cache/: about 0.00 GB of \d+.\d GB free\n"
+        "3 of 5 videos have fewer than 8 frames at 25 fps; their last frame is repeated\n",
         capsys.readouterr().out)
     (data / "B/v_B_g02_c01.avi").write_bytes(b"nor this one")
     with pytest.raises(ValueError, match="no train video of class B can be read"):
         load_videos(data, TINY, 25.0, cache=tmp_path / "cache")
 
 
-def test_what_the_disk_cannot_hold_is_refused_and_what_is_decoded_is_not(tmp_path, monkeypatch):
+def test_a_full_disk_is_refused_unless_all_videos_are_cached(tmp_path, monkeypatch):
     for name in "AB":
         write_video(tmp_path / f"{name}/1.mp4", ramp(100))
     files, cache = sorted(tmp_path.glob("*/*")), tmp_path / "cache"
     disk = collections.namedtuple("disk", "free")
     size = 2 * 100 * 32 * 43 * 3
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(size - 1))
-    with pytest.raises(ValueError, match=r"cache: 0.0 GB are free, expected 0.0 GB"):
+    with pytest.raises(ValueError, match=r"cache: got 0.0 GB free, expected 0.0 GB"):
         decode_all(files, (32, 32), 25.0, cache)
     assert not list(cache.iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(size))
     decoded = decode_all(files, (32, 32), 25.0, cache)
-    assert sum(np.load(path).nbytes for path in decoded.values()) == size, "the size was exact"
+    assert sum(np.load(path).nbytes for path in decoded.values()) == size, "the estimate was exact"
     monkeypatch.setattr("shutil.disk_usage", lambda path: disk(0))
     assert decode_all(files, (32, 32), 25.0, cache) == decoded
 
@@ -507,7 +505,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     assert np.load(decoded, mmap_mode="r").nbytes > 12e6 > 6 * peak
 
 
-def test_a_killed_decode_leaves_nothing_that_counts(tmp_path):
+def test_a_killed_decode_leaves_no_cache_entry(tmp_path):
     write_video(tmp_path / "long.mp4", ramp(3000))
     code = "from tiny.videos import *; decode(Path('long.mp4'), (32, 32), 25.0, 'cache')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path,
@@ -522,12 +520,12 @@ def test_a_killed_decode_leaves_nothing_that_counts(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Predicted
+# Predicting
 
 
 @pytest.fixture
 def finetuned(tmp_path):
-    """A run's folder, of a model that can tell red from blue."""
+    """The folder of a run with an untrained classifier of blue and red."""
     names = {0: "blue", 1: "赤"}
     extra = dict(fps=25.0, views=2)
     config = VideoMAEConfig.preset("tiny", id2label=names, use_mean_pooling=True, extra=extra)
@@ -553,7 +551,7 @@ def test_predict_goes_on_after_a_broken_video(finetuned, tmp_path, capsys):
         f"{tmp_path}/missing.mp4: no such file"]
 
 
-def test_predict_gives_what_evaluation_gives(finetuned, tmp_path, capsys):
+def test_predict_agrees_with_evaluation(finetuned, tmp_path, capsys):
     write_video(tmp_path / "good.mp4", ramp(40))
     assert predict.main(finetuned, str(tmp_path / "good.mp4")) == 0
     said = capsys.readouterr().out
@@ -585,4 +583,4 @@ def test_real_clips(tmp_path, name, sizes):
     tested = [video for video in find_videos(SHARED / name) if video.split == "test"]
     for index in (0, 9, -1):
         views = read_views(tested[index].file, TINY, 12.5)
-        assert torch.equal(views, test_clips.test_views(index)), "predict sees what the test sees"
+        assert torch.equal(views, test_clips.test_views(index)), "predict uses the test's views"

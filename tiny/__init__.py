@@ -1,14 +1,14 @@
-"""What train_tiny.py trains on and shows: clips, augmentation, evaluation, pictures and tables.
+"""The data, augmentation, evaluation, pictures and tables of train_tiny.py.
 
-A data set is any object with these five:
+A data set is any object with these five members:
 
-    classes                its classes' names, a list
+    classes                the list of class names
     labels                 (n,) int64, the class of each clip
     train_clips(indices)   (B,) -> (B, T, 3, h, w) uint8; runs in the loader's workers
     prepare(frames)        (B, T, 3, h, w) uint8 -> (B, T, 3, H, W) float32 pixel_values, augmented;
                            runs on the model's device
-    test_views(index)      -> (V, T, 3, H, W) float32, the views of one clip from
-                           `videomae.preprocess`; predictions are means over them
+    test_views(index)      -> (V, T, 3, H, W) float32, the views of one clip, from
+                           `videomae.preprocess`; predictions are averaged over them
 
 Random numbers come from torch's global generator, which the training loop seeds for each batch.
 """

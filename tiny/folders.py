@@ -128,7 +128,7 @@ def read_list(folder: Path, path: Path, split: str) -> list[Video]:
     lost = [line for line, file in zip(lines, files, strict=True) if not file]
     # UCF101's lists cover all its classes, but many people download only some.
     if lost and path.suffix == ".txt" and not any((folder / x.file).parent.is_dir() for x in lost):
-        print(f"skipped: {describe('files are of classes that are not here', lost, lines)}")
+        print(f"skipped: {describe('files belong to classes without a folder', lost, lines)}")
         lost = []
     refuse("files not found", lost, lines)
     labels = [re.sub(r"^0*(\d+)(\.0*)?$", r"\1", x[0].strip("\"'")) for x in columns]  # 1.0 is 1

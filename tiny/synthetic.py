@@ -1,7 +1,7 @@
-"""Synthetic clips: a camera pans, tilts, rolls or zooms over a drawn scene; which, is the label.
+"""Clips of a camera that pans, tilts, rolls or zooms over a drawn scene. Its motion is the label.
 
-The middle frame is the same whatever the label. Towards the ends, a zoom makes a frame finer or
-coarser than most, which tells the two zooms apart and no more.
+The middle frame does not depend on the label. Near the ends, zooming makes frames finer or coarser
+than most, which helps to tell the two zooms apart but no other motions.
 """
 import math
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from videomae import VideoMAEConfig, normalize, preprocess
 
-# Opposites stand side by side: reversed in time, motion i becomes motion i ^ 1.
+# Opposites are adjacent: reversed in time, motion i becomes motion i ^ 1.
 MOTIONS = (
     "pan right", "pan left", "tilt down", "tilt up",
     "roll left", "roll right", "zoom in", "zoom out",
 )
-TEST_SEED = 1_000_001  # held-out clips, with scenes of their own
+TEST_SEED = 1_000_001  # for held-out clips, which have their own scenes
 
 
 class SyntheticClips:
-    """`count` clips of a config's frames and size; the same arguments give the same clips."""
+    """`count` clips of the length and size in `config`. The same arguments give the same clips."""
 
     classes = list(MOTIONS)
 
@@ -28,7 +28,7 @@ class SyntheticClips:
         frames, (size, width) = config.num_frames, config.image_hw
         if width != size or config.num_channels != 3:
             raise ValueError(f"synthetic clips: got a model of {config.num_channels} channels and "
-                             f"{size} x {width} pixels, expected 3 and a square")
+                             f"{size} x {width} pixels, expected 3 channels and square frames")
         self.config = config
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -47,7 +47,7 @@ class SyntheticClips:
         return normalize(frames)
 
     def test_views(self, index: int) -> Tensor:
-        """(1, T, 3, H, W), the only view of a clip."""
+        """-> (1, T, 3, H, W) pixel_values, the only view of a clip."""
         return preprocess(self.clips[index], self.config)[None]
 
 
@@ -57,10 +57,10 @@ def uniform(low: float, high: float, *shape: int) -> Tensor:
 
 
 class Painter:
-    """Paints the same things into `count` pictures, each with random numbers of its own.
+    """Paints the same things into `count` pictures, each with its own random numbers.
 
-    x goes from 0, left, to 1, right, and on from the other side; y from 0, top, to 1. A distance
-    (count, size, size) is negative inside a shape.
+    x runs from 0 at the left to 1 at the right and wraps around, y from 0 at the top to 1. A
+    distance, (count, size, size), is negative inside a shape.
     """
 
     def __init__(self, count: int, size: int):
@@ -70,29 +70,29 @@ class Painter:
         self.pictures = torch.zeros(count, 3, size, size)
 
     def pick(self, low: float, high: float) -> Tensor:
-        """(count, 1, 1), a number for each picture."""
+        """(count, 1, 1), a random number for each picture."""
         return uniform(low, high, self.count, 1, 1)
 
     def colour(self, red: tuple, green: tuple, blue: tuple) -> Tensor:
-        """(count, 3, 1, 1), from the ranges of three channels."""
+        """(count, 3, 1, 1), a random colour for each picture from a range per channel."""
         return torch.stack([self.pick(*red), self.pick(*green), self.pick(*blue)], dim=1)
 
     def paint(self, distance: Tensor, colour: Tensor):
-        """With an edge one pixel wide."""
+        """Fill a shape, with an edge one pixel wide."""
         share = (0.5 - distance * self.size).clamp(0, 1)[:, None]
         self.pictures += share * (colour - self.pictures)
 
     def across(self, x) -> Tensor:
-        """How far to the right of x, from -0.5 to 0.5."""
+        """The signed distance to the right of x, wrapped to -0.5 to 0.5."""
         return (self.x - x + 0.5) % 1 - 0.5
 
     def ellipse(self, x, y, width, height) -> Tensor:
-        """The distance from an ellipse, half of whose sides are given."""
+        """The distance from an ellipse with these half-axes."""
         radius = torch.hypot(self.across(x) / width, (self.y - y) / height)
         return (radius - 1) * height
 
     def box(self, x, y, width, height) -> Tensor:
-        """The distance from a box, likewise."""
+        """The distance from a box with these half-sides."""
         return torch.maximum(self.across(x).abs() - width, (self.y - y).abs() - height)
 
 
@@ -100,7 +100,7 @@ ANY, DARK, BRIGHT = (0.1, 1.0), (0.05, 0.3), (0.9, 1.0)
 
 
 def draw_scenes(count: int, size: int) -> Tensor:
-    """(count, 3, size, size) in [0, 1]: painted from the sky to what is near."""
+    """(count, 3, size, size) in [0, 1], painted from back to front."""
     p = Painter(count, size)
     p.pictures += p.colour((0.3, 0.7), (0.5, 0.85), (0.75, 1.0)) * (1 - 0.35 * p.y)
     radius = p.pick(0.03, 0.06)
@@ -133,7 +133,7 @@ def draw_cloud(p: Painter, x, y, radius):
 
 
 def draw_tree(p: Painter, x, y, height):
-    """y is where it stands."""
+    """y is the foot of the trunk."""
     p.paint(p.box(x, y - 0.3 * height, 0.1 * height, 0.3 * height), p.colour(DARK, DARK, DARK))
     leaves = p.colour((0.0, 0.6), (0.3, 0.7), (0.0, 0.3))
     p.paint(p.ellipse(x, y - height, 0.38 * height, 0.5 * height), leaves)
@@ -165,14 +165,14 @@ def draw_person(p: Painter, x, y, height):
 
 
 def camera_path(labels: Tensor, frames: int, size: int) -> Tensor:
-    """labels (B,) of MOTIONS -> (B, T, H W, 2): where each pixel looks, as (x, y) in pixels from
-    the middle of a scene. Displacement counts from the middle frame, so what is seen there does not
-    depend on the label."""
+    """labels (B,) of MOTIONS -> (B, T, H W, 2): the point each pixel shows, as (x, y) in pixels
+    from the middle of a scene. Motion is relative to the middle frame, which thus does not depend
+    on the label."""
     count = len(labels)
     time = torch.arange(frames) - frames // 2  # (T,)
 
-    # Per frame: pixels of shift, radians of rotation, log-scale of zoom, all of the picture. Only
-    # the labelled one is not zero. y points down.
+    # The picture's motion per frame: shift in pixels, rotation in radians, zoom in log scale. All
+    # but the labelled one are zero. y points down.
     direction = torch.tensor([math.pi, 0, -math.pi / 2, math.pi / 2] + [0] * 4)[labels]
     direction = direction + uniform(-0.35, 0.35, count)
     velocity = torch.stack([direction.cos(), direction.sin()], dim=1)  # (B, 2)
@@ -180,7 +180,7 @@ def camera_path(labels: Tensor, frames: int, size: int) -> Tensor:
     rotation = uniform(0.15, 0.33, count) * ((labels == 4).int() - (labels == 5).int())
     zoom = uniform(0.075, 0.15, count) * ((labels == 6).int() - (labels == 7).int())
 
-    # The motion undone, about a random centre. The random base scale makes it harder to tell a
+    # Undo the motion about a random centre. A random base scale makes it harder to recognize a
     # zoom by how fine its first frame is.
     angle = -rotation[:, None] * time  # (B, T)
     scale = torch.exp(uniform(-0.3, 0.3, count, 1) - zoom[:, None] * time)
@@ -194,7 +194,7 @@ def camera_path(labels: Tensor, frames: int, size: int) -> Tensor:
 
 
 def film(scenes: Tensor, labels: Tensor, frames: int, size: int) -> Tensor:
-    """One clip per label: a random scene, filmed by a camera that moves as labelled.
+    """Film a random scene for each label with a camera that moves as labelled.
 
     scenes (count, 3, 2 size, 2 size) in [0, 1], labels (B,) of MOTIONS -> (B, T, 3, H, W) uint8.
     """
@@ -203,8 +203,8 @@ def film(scenes: Tensor, labels: Tensor, frames: int, size: int) -> Tensor:
     look = look + anywhere  # (B, T, H W, 2)
 
     chosen = scenes[torch.randint(len(scenes), (count,))]
-    chosen = torch.cat([chosen.flip(2), chosen, chosen.flip(2)], dim=2)  # mirrored up and down,
-    tiled = chosen.tile(1, 1, 1, 3)  # repeated to the sides: wide enough for the fastest zoom out
+    chosen = torch.cat([chosen.flip(2), chosen, chosen.flip(2)], dim=2)  # mirrored vertically,
+    tiled = chosen.tile(1, 1, 1, 3)  # repeated sideways, wide enough for the fastest zoom out
     clips = F.grid_sample(tiled, look * 2 / tiled.shape[-1], align_corners=False)
     clips = clips.transpose(1, 2).unflatten(-1, (size, size))  # (B, T, 3, H, W)
     return (255 * clips).clamp(0, 255).to(torch.uint8)

@@ -1,6 +1,6 @@
-"""Videos decoded once into a cache and sampled as clips. tiny/folders.py says which videos.
+"""Decode videos once into a cache and sample clips from them. tiny/folders.py finds the videos.
 
-Memory does not grow with a video's length. Wrong input raises a ValueError that names the file.
+Memory does not grow with a video's length. Invalid input raises a ValueError with the path.
 """
 import contextlib
 import hashlib
@@ -26,21 +26,21 @@ from videomae import VideoMAEConfig, frame_indices, normalize, preprocess
 
 def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, views: int = 5,
                 flip: bool = True, cache="runs/.cache") -> tuple["VideoClips", "VideoClips"]:
-    """A folder of videos -> the clips to train on and those to test on, `fps` frames a second.
+    """A folder of videos -> training clips and test clips, at `fps` frames per second.
 
-    split: of UCF101's three. views: windows of a test video. flip: also mirror training clips."""
+    split: 1 to 3, for UCF101. views: per test video. flip: mirror training clips at random."""
     videos = find_videos(Path(folder), split)
     names = {video.label for video in videos}
     classes = sorted(names, key=lambda name: (len(name) * name.isdigit(), name))  # 2 before 10
     if len(classes) < 2:
-        raise ValueError(f"{folder}: got {classes or 'no video'}, expected videos of two classes "
-                         f"or more, Class/*{{{','.join(SUFFIXES)}}}")
+        raise ValueError(f"{folder}: got {classes or 'no videos'}, expected videos of at least "
+                         f"two classes, Class/*{{{','.join(SUFFIXES)}}}")
     if config.num_channels != 3:
         raise ValueError(f"num_channels: got {config.num_channels}, expected 3 for videos")
-    split_videos(folder, videos, classes)  # refuse what cannot be split before hours of decoding
+    split_videos(folder, videos, classes)  # fails on a bad split before hours of decoding
     decoded = decode_all([video.file for video in videos], config.image_hw, fps, cache)
 
-    # Split anew without the broken files: one of them could be all that a class has for testing.
+    # Split again without the broken files, which may include a class's only test video.
     clips = []
     readable = [video for video in videos if video.file in decoded]
     for part in split_videos(folder, readable, classes):
@@ -50,16 +50,16 @@ def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, view
     lengths = [len(np.load(path, mmap_mode="r")) for path in decoded.values()]
     if short := sum(length < config.num_frames for length in lengths):
         print(f"{short} of {len(lengths)} videos have fewer than {config.num_frames} frames at "
-              f"{fps:g} a second; their last frame is repeated")
+              f"{fps:g} fps; their last frame is repeated")
     return tuple(clips)
 
 
-# ---- Decoded ------------------------------------------------------------------------------------
+# ---- Decoding -----------------------------------------------------------------------------------
 
 def decode_all(files: list[Path], image_hw, fps: float, cache) -> dict[Path, Path]:
-    """Videos -> {video: its decoded frames}, without those that cannot be decoded."""
+    """Videos -> {video: .npy file of its frames}. Those that cannot be decoded are skipped."""
     def missing(file):
-        """Bytes that the cache still needs for a video."""
+        """Bytes that a video will add to the cache."""
         if cache_path(file, image_hw, fps, cache).exists():
             return 0
         times, (h, w) = scan(file, fps)
@@ -69,16 +69,16 @@ def decode_all(files: list[Path], image_hw, fps: float, cache) -> dict[Path, Pat
     Path(cache).mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes.values()) / 1e9, shutil.disk_usage(cache).free / 1e9
     if new := sum(size > 0 for size in sizes.values()):
-        print(f"decoding {new} of {len(files)} videos into {cache}/: about {needed:.2f} GB, "
-              f"{free:.1f} GB are free")
+        print(f"decoding {new} of {len(files)} videos into {cache}/: about {needed:.2f} GB "
+              f"of {free:.1f} GB free")
     if needed > free:
-        raise ValueError(f"{cache}: {free:.1f} GB are free, expected {needed:.1f} GB for decoded "
-                         "frames; fewer videos or fewer frames a second need less")
+        raise ValueError(f"{cache}: got {free:.1f} GB free, expected {needed:.1f} GB for decoded "
+                         "frames; use fewer videos or a lower fps")
     return for_each(lambda file: decode(file, image_hw, fps, cache), list(sizes), "decoding")
 
 
 def for_each(function, files: list[Path], text: str) -> dict:
-    """-> {file: function(file)}, computed in threads. A file that cannot be read is reported."""
+    """-> {file: function(file)}, in threads. Files that cannot be read are reported and skipped."""
     def attempt(file):
         try:
             return file, function(file)
@@ -91,21 +91,21 @@ def for_each(function, files: list[Path], text: str) -> dict:
 
 
 def cache_path(file: Path, image_hw, fps: float, cache) -> Path:
-    """Where a video's decoded frames are kept, until the video changes."""
+    """The path of a video's decoded frames, which changes whenever the video does."""
     stat = file.stat()
     key = repr((file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, float(fps)))
     return Path(cache, hashlib.blake2b(key.encode(), digest_size=12).hexdigest() + ".npy")
 
 
 def decode(file: Path, image_hw, fps: float, cache="runs/.cache") -> Path:
-    """A video -> a .npy file of its frames, (frames, H, W, 3) uint8, `fps` a second, which just
-    cover image_hw. A video is decoded once."""
+    """Decode a video, once, into a .npy file of (frames, H, W, 3) uint8 at `fps` frames per second,
+    scaled to just cover image_hw."""
     def write(out):
         frames = read_frames(file, image_hw, scan(file, fps)[0])
         first, count = next(frames, None), 0
         if first is None:
             raise ValueError(f"{file}: no frame can be decoded")
-        # How many frames there are is known at the end. numpy leaves room for it in the header.
+        # The frame count is known only at the end. numpy's header has room for it.
         header = dict(descr="|u1", fortran_order=False, shape=(0, *first.shape))
         np.lib.format.write_array_header_1_0(out, header)
         for frame in chain([first], frames):
@@ -122,14 +122,14 @@ def decode(file: Path, image_hw, fps: float, cache="runs/.cache") -> Path:
 
 @contextlib.contextmanager
 def open_video(file: Path):
-    """-> PyAV's container, its video stream, and frames a second, of which headers may say any."""
+    """-> PyAV's container, its video stream and its frame rate, which a header may get wrong."""
     if not os.path.exists(file):
         raise ValueError(f"{file}: no such file")
     try:
-        with av.open(str(file), metadata_errors="ignore") as container:  # titles may be damaged
+        with av.open(str(file), metadata_errors="ignore") as container:  # tags may be damaged
             streams = [stream for stream in container.streams.video if stream.codec_context]
             if not streams:
-                raise ValueError(f"{file}: got no video that can be decoded")
+                raise ValueError(f"{file}: got no video stream that can be decoded")
             yield container, streams[0], max(1.0, float(streams[0].average_rate or 25))
     except av.FFmpegError as error:
         raise ValueError(f"{file}: cannot be decoded ({error.strerror})") from error
@@ -142,8 +142,8 @@ def packets_of(container, stream):
 
 
 def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
-    """Find, without decoding, the times in a file, in seconds, that give `fps` frames a second, and
-    the frames' (H, W). The first need not be 0. Over a second without frames is skipped."""
+    """Find, without decoding, the times in seconds that sample a file at `fps` frames per second,
+    and the frames' (H, W). The first need not be 0. Gaps of over a second are skipped."""
     with open_video(file) as (container, stream, rate):
         stamps = [packet.dts if packet.pts is None else packet.pts
                   for packet in packets_of(container, stream) if packet.size]
@@ -158,16 +158,16 @@ def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def cover(h: int, w: int, height: int, width: int) -> tuple[int, int]:
-    """The size of a frame (h, w) when it is scaled to just cover (height, width)."""
+    """The size of a frame (h, w) scaled to just cover (height, width)."""
     scale = max(height / h, width / w)
     return max(height, round(scale * h)), max(width, round(scale * w))
 
 
 def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
-    """Yield the frame on screen at each of the times, (H, W, 3) uint8, all of one size.
+    """Yield the frame shown at each time, (H, W, 3) uint8, all of one size.
 
-    seek: decode from the key frame before the first time on, not from the beginning."""
-    reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: six times as fast
+    seek: start at the key frame before the first time, not at the beginning."""
+    reformatter = av.video.reformatter.VideoReformatter()  # reuse makes it six times as fast
     done, size = 0, None
     for first, last, frame in decoded_frames(file, times[0] if seek else None):
         done = max(done, np.searchsorted(times, first))
@@ -175,7 +175,7 @@ def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
         if count <= 0:
             continue
         if size is None:
-            # A phone held upright stores lying frames, and by how many degrees to turn them.
+            # A phone held upright stores landscape frames and the angle to rotate them by.
             turns = round(frame.rotation / 90)
             size = cover(frame.height, frame.width, *image_hw[:: -1 if turns % 2 else 1])
         pixels = reformatter.reformat(frame, size[1], size[0], "rgb24").to_ndarray()
@@ -184,12 +184,12 @@ def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
 
 
 def decoded_frames(file: Path, start: float | None = None):
-    """Yield (first, last, frame): PyAV's frames, from the key frame before `start` on, and the
-    times that each may stand for. Damaged packets are skipped and reported."""
+    """Yield (first, last, frame): PyAV's frames, from the key frame before `start`, each with
+    the range of times it may be shown for. Damaged packets are skipped and reported."""
     packets = frames = damaged = 0
     with open_video(file) as (container, stream, rate):
         if start is not None:
-            with contextlib.suppress(av.FFmpegError):  # no index: read from the beginning
+            with contextlib.suppress(av.FFmpegError):  # without an index, start at the beginning
                 container.seek(int(start * av.time_base))
         try:
             for packet in packets_of(container, stream):
@@ -209,11 +209,11 @@ def decoded_frames(file: Path, start: float | None = None):
                 print(f"{file}: {damaged} packet{'s' * (damaged > 1)} damaged{read}")
 
 
-# ---- Sampled ------------------------------------------------------------------------------------
+# ---- Sampling -----------------------------------------------------------------------------------
 
 @dataclass
 class VideoClips:
-    """Clips of decoded videos, a data set as tiny/__init__.py describes it."""
+    """Clips of decoded videos, a data set as described in tiny/__init__.py."""
 
     classes: list[str]
     labels: Tensor  # (videos,) int64
@@ -223,8 +223,8 @@ class VideoClips:
     flip: bool = True
 
     def train_clips(self, indices: Tensor) -> Tensor:
-        """(B,) -> (B, T, 3, h, w) uint8: random windows. Videos of several shapes are cut to what
-        they have in common, at a random place."""
+        """(B,) -> (B, T, 3, h, w) uint8: random windows. Different shapes are cropped, at a
+        random place, to the smallest height and width."""
         windows = [self.window(index, torch.rand(()).item()) for index in indices.tolist()]
         height, width = (min(x.shape[dim] for x in windows) for dim in (-2, -1))
         return torch.stack([cut(window, height, width) for window in windows])
@@ -234,21 +234,21 @@ class VideoClips:
         return crop_and_flip(normalize(frames), *self.config.image_hw, self.flip)
 
     def test_views(self, index: int) -> Tensor:
-        """-> (V, T, 3, H, W) pixel_values, spread evenly over the video."""
+        """-> (V, T, 3, H, W) pixel_values of windows spread evenly over the video."""
         starts = (np.arange(self.views) + 0.5) / self.views  # 0.1, 0.3, 0.5, 0.7, 0.9
         windows = [self.window(index, start) for start in starts]
         return torch.stack([preprocess(frames, self.config) for frames in windows])
 
     def window(self, index: int, start: float) -> Tensor:
-        """-> (T, 3, H, W) uint8; start: from 0, the earliest window, to 1, the latest."""
+        """-> (T, 3, H, W) uint8. start: 0 for the earliest window to 1 for the latest."""
         frames = np.load(self.videos[index], mmap_mode="r")  # only the window is read
         chosen = frame_indices(len(frames), self.config.num_frames, stride=1, start=start)
         return torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2)
 
 
 def read_views(file: Path, config: VideoMAEConfig, fps: float, views: int = 5) -> Tensor:
-    """A video of any length -> (V, T, 3, H, W) pixel_values, those of VideoClips.test_views, but
-    only what they show is decoded. A view that cannot be decoded is skipped."""
+    """A video of any length -> (V, T, 3, H, W) pixel_values as from VideoClips.test_views, decoding
+    only the frames they use. Views that cannot be decoded are skipped."""
     def decoded(wanted, seek):
         frames = read_frames(file, config.image_hw, wanted, seek)
         return list(islice(frames, config.num_frames))
