@@ -1,4 +1,6 @@
 """Tests of tiny/ except videos: synthetic clips, colours, evaluation, pictures and tables."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,13 +16,14 @@ from tiny.evaluate import (
     probabilities,
     start_from_probe,
 )
-from tiny.synthetic import MOTIONS, SyntheticClips, draw_scenes, film
+from tiny.synthetic import MOTIONS, TEST_SEED, SyntheticClips, draw_scenes, film
 from videomae import (
     VideoMAEConfig,
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     VideoMAEModel,
     normalize,
+    random_mask,
 )
 
 TINY = VideoMAEConfig.preset("tiny")
@@ -209,6 +212,18 @@ def test_the_table_has_a_row_per_method_and_a_spread_over_runs():
     runs[1]["recipe"]["labels_per_class"] = 5
     with pytest.raises(ValueError, match="labels per class, expected the same"):
         report.table(runs)
+
+
+def test_the_model_in_the_repository_has_the_loss_that_its_readme_reports():
+    folder = Path(__file__).parent.parent / "tiny/pretrained"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
+    model = VideoMAEForPreTraining.from_pretrained(folder)
+    clips = SyntheticClips(64, model.config, TEST_SEED)
+    torch.manual_seed(0)
+    mask = random_mask("tube", 64, model.config.grid, 0.75)
+    with torch.no_grad():
+        loss = model(normalize(clips.clips), mask).loss.item()
+    assert f"held-out clips\nis {loss:.3f}" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
