@@ -75,7 +75,7 @@ def save_gif(pictures: Tensor, rows: list[str], text: str, path: Path):
         draw.text((margin, height + 2), text, fill="black")
         images.append(image)
     pause = [300] * (len(images) - 1) + [1500]  # milliseconds
-    write_atomic(path, lambda file: images[0].save(
+    write_atomic(Path(path), lambda file: images[0].save(
         file, "GIF", save_all=True, append_images=images[1:], duration=pause, loop=0))
 
 
