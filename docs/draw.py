@@ -21,7 +21,7 @@ COLOURS = {"from scratch": "#888888", "linear probe": "#dd8452", "fine-tuned": "
 EXAMPLE = 3  # the held-out clip in the first picture
 
 
-def draw_bars(axis, results: dict, rows: dict, labels: bool = True):
+def draw_bars(axis, results: dict, rows: dict):
     """A bar for the mean of each row, with a dot for each seed. rows: {row of results: label}."""
     for y, row in enumerate(reversed(rows)):
         colour = COLOURS["from scratch" if row == "from scratch" else "fine-tuned"]
@@ -55,7 +55,7 @@ def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
     masked = random_mask("tube", 1, model.config.grid, mask_ratio=0.75)
     videos = draw_rows(model, clip, masked)[:, 0]  # (3, T, H, W, 3)
     labels = ("clip", f"what the encoder sees\n(tubes, {masked.float().mean():.0%} masked)",
-              "what the model fills in\n(outlined)")
+              "what the model fills in\n(all but the outlined tubes)")
     steps = torch.linspace(0, model.config.num_frames - 1, axes.shape[1]).round().long()
     for row, video, label in zip(axes, videos, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
@@ -84,22 +84,18 @@ def draw_first_picture(results: dict) -> Figure:
 
 
 def draw_results(results: dict) -> Figure:
-    """Four panels for docs/results.md."""
-    figure = Figure(figsize=(11, 7), dpi=90, layout="constrained")
-    axes = figure.subplots(2, 2)
-    ucf101 = results["ucf101"]
-    chance = np.mean(ucf101["chance"])
-    draw_lines(axes[0, 0], results["synthetic labels"], np.mean(results["synthetic"]["chance"]))
-    axes[0, 0].set(title="Synthetic clips, whole frames: labels are worth most while few",
-                   xlabel="labels per class")
-    draw_lines(axes[0, 1], ucf101["labels"], chance)
-    axes[0, 1].set(title="Nine classes of UCF101, tubes", xlabel="labels per class")
-    draw_lines(axes[1, 0], ucf101["pretraining steps"], chance)
-    axes[1, 0].set(title="Nine classes of UCF101, all labels", xlabel="pretraining steps")
-    draw_bars(axes[1, 1], ucf101["masks"] | dict(chance=chance), {
-        name: name for name in ucf101["masks"]})
-    axes[1, 1].set(title="Linear probe after 500 steps, by mask", xlabel="top-1, %")
-    axes[0, 0].legend(frameon=False)
+    """Three panels for docs/results.md."""
+    figure = Figure(figsize=(13, 3.8), dpi=80, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    ucf101, synthetic = results["ucf101"], results["synthetic labels"]
+    draw_lines(left, synthetic, np.mean(results["synthetic"]["chance"]))
+    left.set(title="Drawn scenes, whole frames masked", xlabel="labels per class")
+    draw_lines(middle, ucf101["labels"], ucf101["chance"])
+    middle.set(title="Nine classes of UCF101, tubes masked", xlabel="labels per class")
+    masks = ucf101["masks"]
+    draw_bars(right, masks | dict(chance=ucf101["chance"]), {name: name for name in masks})
+    right.set(title="UCF101, linear probe by mask", xlabel="top-1, %")
+    left.legend(frameon=False)
     return figure
 
 
