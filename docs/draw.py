@@ -55,7 +55,7 @@ def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
     masked = random_mask("tube", 1, model.config.grid, mask_ratio=0.75)
     videos = draw_rows(model, clip, masked)[:, 0]  # (3, T, H, W, 3)
     labels = ("clip", f"what the encoder sees\n(tubes, {masked.float().mean():.0%} masked)",
-              "what the model fills in\n(all but the outlined tubes)")
+              "what the model fills in\n(orange: edge of the masked area)")
     steps = torch.linspace(0, model.config.num_frames - 1, axes.shape[1]).round().long()
     for row, video, label in zip(axes, videos, labels, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
