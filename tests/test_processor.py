@@ -218,7 +218,7 @@ def test_processor_is_saved_and_loaded(tmp_path):
     for path in (tmp_path, tmp_path / "preprocessor_config.json"):
         assert VideoMAEImageProcessor.from_pretrained(path) == processor
     processor.save_pretrained(tmp_path)  # the same content is no conflict
-    with pytest.raises(ValueError, match="preprocessor_config.json exists already"):
+    with pytest.raises(ValueError, match="preprocessor_config.json already exists"):
         replace(processor, resample=2).save_pretrained(tmp_path)
 
     theirs = type(their_processor()).from_pretrained(tmp_path)
