@@ -266,7 +266,7 @@ class Recipe:
     finetune_steps: int = option(300, "training steps; 0 = skip",
                                  "Fine-tuning, and training from scratch")
     finetune_lr: float = option(5e-4, "peak learning rate")
-    scratch_steps: int = option(1900, "steps from scratch, which take as long as both stages")
+    scratch_steps: int = option(1900, "training steps from scratch; 0 = skip")
     scratch_lr: float = option(2.5e-4, "peak learning rate from scratch")
     finetune_batch: int = option(16, "clips per step, in all processes together", low=1)
     probe_first: bool = option(False, "start both from a linear probe instead of a new head")
