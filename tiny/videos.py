@@ -69,8 +69,8 @@ def decode_all(files: list[Path], image_hw, fps: float, cache) -> dict[Path, Pat
     Path(cache).mkdir(parents=True, exist_ok=True)
     needed, free = sum(sizes.values()) / 1e9, shutil.disk_usage(cache).free / 1e9
     if new := sum(size > 0 for size in sizes.values()):
-        print(f"decoding {new} of {len(files)} videos into {cache}/: about {needed:.2f} GB "
-              f"of {free:.1f} GB free")
+        print(f"decoding {new} of {len(files)} videos into {cache}/: needs about "
+              f"{needed:.2f} GB, {free:.1f} GB free")
     if needed > free:
         raise ValueError(f"{cache}: got {free:.1f} GB free, expected {needed:.1f} GB for decoded "
                          "frames; use fewer videos or a lower fps")
@@ -143,7 +143,7 @@ def packets_of(container, stream):
 
 def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
     """Find, without decoding, the times in seconds that sample a file at `fps` frames per second,
-    and the frames' (H, W). The first need not be 0. Gaps of over a second are skipped."""
+    and the frames' (H, W). The first time need not be 0. Gaps of over a second are skipped."""
     with open_video(file) as (container, stream, rate):
         stamps = [packet.dts if packet.pts is None else packet.pts
                   for packet in packets_of(container, stream) if packet.size]
@@ -166,7 +166,7 @@ def cover(h: int, w: int, height: int, width: int) -> tuple[int, int]:
 def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
     """Yield the frame shown at each time, (H, W, 3) uint8, all of one size.
 
-    seek: start at the key frame before the first time, not at the beginning."""
+    seek: start at a key frame before the first time, not at the beginning."""
     reformatter = av.video.reformatter.VideoReformatter()  # reuse makes it six times as fast
     done, size = 0, None
     for first, last, frame in decoded_frames(file, times[0] if seek else None):
@@ -184,13 +184,16 @@ def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
 
 
 def decoded_frames(file: Path, start: float | None = None):
-    """Yield (first, last, frame): PyAV's frames, from the key frame before `start`, each with
-    the range of times it may be shown for. Damaged packets are skipped and reported."""
+    """Yield (first, last, frame): PyAV's frames, from a key frame before `start`, each with the
+    range of times it may be shown for. Damaged packets are skipped and reported."""
     packets = frames = damaged = 0
     with open_video(file) as (container, stream, rate):
         if start is not None:
-            with contextlib.suppress(av.FFmpegError):  # without an index, start at the beginning
-                container.seek(int(start * av.time_base))
+            # A second early, because without an index a seek may end at a later key frame.
+            try:
+                container.seek(int(max(0, start - 1) * av.time_base))
+            except av.FFmpegError:  # it may have moved, so read_views starts at the beginning
+                return
         try:
             for packet in packets_of(container, stream):
                 packets += packet.size > 0
@@ -248,7 +251,7 @@ class VideoClips:
 
 def read_views(file: Path, config: VideoMAEConfig, fps: float, views: int = 5) -> Tensor:
     """A video of any length -> (V, T, 3, H, W) pixel_values as from VideoClips.test_views, decoding
-    only the frames they use. Views that cannot be decoded are skipped."""
+    only around their frames. Views that cannot be decoded are skipped."""
     def decoded(wanted, seek):
         frames = read_frames(file, config.image_hw, wanted, seek)
         return list(islice(frames, config.num_frames))
@@ -256,7 +259,7 @@ def read_views(file: Path, config: VideoMAEConfig, fps: float, views: int = 5) -
     times, clips = scan(file, fps)[0], []
     for start in (np.arange(views) + 0.5) / views:
         wanted = times[frame_indices(len(times), config.num_frames, 1, start).numpy()]
-        # Some damaged files can only be read from their beginning.
+        # Some files can only be read from their beginning.
         if frames := decoded(wanted, seek=True) or decoded(wanted, seek=False):
             chosen = frame_indices(len(frames), config.num_frames, stride=1)
             clips.append(preprocess([frames[i] for i in chosen], config))
