@@ -6,8 +6,8 @@ help:
 	@echo "make train      set up .venv, then train on synthetic clips: minutes on two CPU cores"
 	@echo "make test       set up .venv, then run the tests"
 	@echo "make lint       set up .venv, then run ruff"
-	@echo "make notebooks  set up .venv, then run the notebooks with few steps, into runs/notebooks/"
-	@echo "make gpu        measure on this machine's GPU, FOLDER=real/videos too, into docs/gpu.md"
+	@echo "make notebooks  set up .venv, then run the notebooks with few steps and save them in runs/notebooks/"
+	@echo "make gpu        measure this machine's GPU into docs/gpu.md; FOLDER=... adds real videos"
 	@echo "make hub        download published weights and check them (1 GB)"
 	@echo "make clean      remove .venv (runs/ stays)"
 

@@ -5,8 +5,8 @@
 
 SOURCE is a directory written by transformers 4 or 5, a hub id such as MCG-NJU/videomae-base, or a
 file from the authors or VideoMAE V2 (.pth, .pt, .bin, .safetensors). Loading never executes code
-from a file. Pass settings that a file lacks as fields of VideoMAEConfig in JSON, such as
-num_attention_heads=3. Needs safetensors and videomae.py.
+from a file. Pass settings that a file lacks as fields of VideoMAEConfig with values in JSON,
+such as num_attention_heads=3. Needs safetensors and videomae.py.
 """
 import json
 import logging
@@ -79,10 +79,10 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     key and value are merged; a Conv3d (D, C, pt, ph, pw) becomes a Linear (D, pt ph pw C)."""
     out = {}
     for original, x in state_dict.items():
-        name = PREFIXES.sub("", original.replace("_orig_mod.", ""))  # from torch.compile, anywhere
+        name = PREFIXES.sub("", original.replace("_orig_mod.", ""))  # torch.compile's prefix
         name = rename(name, NAMES + OTHER_NAMES)
         if name in out:
-            raise ValueError(f"state_dict: two weights map to {name}, one is {original}")
+            raise ValueError(f"state_dict: two weights map to {name}, one of them {original}")
         out[name] = rearrange(x, "d c pt ph pw -> d (pt ph pw c)") if x.ndim == 5 else x
     for query in [name for name in out if name.endswith("attn.query.weight")]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
@@ -119,7 +119,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "model
 
 
 def find(source: str | os.PathLike, subfolder: str = "", **hub) -> Path:
-    """A local path, returned unchanged, or a hub id -> the directory of its cached download."""
+    """A local path, or a hub id's cached download -> its path, extended by `subfolder`."""
     path = Path(source)
     if not path.exists():
         try:
@@ -229,7 +229,8 @@ def sort_options(cls, options: dict) -> tuple[dict, dict]:
     """Keyword arguments of from_pretrained -> fields of dataclass `cls`, and hub options."""
     known, more = split_fields(cls, options)
     if unknown := more.keys() - HUB_OPTIONS - NO_EFFECT:
-        raise TypeError(f"{cls.__name__}: got unknown {sorted(unknown)}, see docs/transformers.md")
+        raise TypeError(f"{cls.__name__}: got unknown options {sorted(unknown)}; see "
+                        "docs/transformers.md")
     return known, {name: x for name, x in more.items() if name in HUB_OPTIONS}
 
 
@@ -240,7 +241,8 @@ def fields_from_json(cls, values: dict) -> dict:
     known, extra = split_fields(cls, values)
     for f in fields(cls):
         if f.name in known and not fits(known[f.name], f.type):
-            raise ValueError(f"{f.name}: got {known[f.name]!r}, expected a plausible {f.type}")
+            kind = getattr(f.type, "__name__", f.type)  # int, but also int | None
+            raise ValueError(f"{f.name}: got {known[f.name]!r}, expected a plausible {kind}")
     return known | {"extra": extra}
 
 
@@ -275,8 +277,8 @@ def config_to_json(config: videomae.VideoMAEConfig) -> dict:
 
 
 def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
-    """The contents of a preprocessor_config.json: the authors' settings, or else the defaults.
-    The short side becomes the model's long one, so that frames of any shape can be cropped."""
+    """The contents of a preprocessor_config.json: the authors' settings, and defaults for the rest.
+    Frames' short side is resized to the model's long side, so that a crop always fits."""
     height, width = config.image_hw
     return dict(size={"shortest_edge": max(height, width)},
                 crop_size={"height": height, "width": width},
@@ -285,12 +287,13 @@ def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
 
 
 def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
-    """Config fields inferred from the weights' shapes. The others, unless `known`, are assumed and
-    logged: the published 16 frames of 224 x 224, and heads of width 64."""
+    """Config fields from the weights' names and shapes, and the authors' eps. The others, unless
+    `known`, are assumed and logged: the published 16 frames of 224 x 224, and heads of width 64,
+    but at most 16 of them (8 in the decoder)."""
     weights = convert_state_dict(state_dict)
     conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
     if conv is None:  # this project's own names
-        raise ValueError("config: cannot be inferred from these weights, pass VideoMAEConfig(...)")
+        raise ValueError("config: cannot be inferred from these weights; pass VideoMAEConfig(...)")
     told = dict(zip(("num_channels", "tubelet_size", "patch_size"), conv.shape[1:4], strict=True))
     told |= dict(qv_bias="videomae.encoder.blocks.0.attn.q_bias" in weights,
                  use_mean_pooling="videomae.encoder.norm.weight" not in weights,
@@ -308,10 +311,10 @@ def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
                      f"{prefix}num_hidden_layers": len(layers)}
             heads = f"{prefix}num_attention_heads"
             if width % 64 and heads not in known:
-                raise ValueError(f"{heads}: cannot be inferred from a width of {width}, pass it")
+                raise ValueError(f"{heads}: cannot be inferred from a width of {width}; pass it")
             assumed[heads] = min(width // 64, most_heads)
     if assumed := {name: x for name, x in assumed.items() if name not in known}:
-        logger.warning(f"assumed, as the weights do not determine it: {assumed}")
+        logger.warning(f"the weights do not determine these fields, so they are assumed: {assumed}")
     return told | assumed | known
 
 
@@ -325,7 +328,7 @@ def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dic
         known = infer_config(state_dict, **overrides | known) | PUBLISHED_SIZE | known
     published = videomae.VideoMAEConfig(**known)
     if overrides.get("num_labels", published.num_labels) != published.num_labels:
-        overrides = {"id2label": None} | overrides  # they name the old labels
+        overrides = {"id2label": None} | overrides  # id2label names the old labels
     config = replace(published, **overrides)
     if config.grid != published.grid and "position_grid" not in overrides:
         grid = tuple(published.position_grid or published.grid)
@@ -350,10 +353,10 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
     dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
     options: fields of VideoMAEConfig, label2id, and HUB_OPTIONS."""
     if not isinstance(config, (videomae.VideoMAEConfig, type(None))):
-        raise TypeError(f"config: got {type(config).__name__}, expected VideoMAEConfig (videomae)")
+        raise TypeError(f"config: got {type(config).__name__}, expected videomae.VideoMAEConfig")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    if config:  # position_grid=None is only its default
+    if config:  # position_grid=None is only a default, not a wish
         given = config_fields(config)
         given = {name: x for name, x in given.items() if name != "position_grid" or x}
         options = given | options
@@ -381,8 +384,9 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
 
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, replaced: tuple):
-    """The weights that a model uses. New and unused ones are logged, or raise if strict. A head is
-    used whole or not at all. replaced: prefixes of names whose shapes may differ."""
+    """The weights that a model uses. New and unused ones are logged; if strict, any outside a head
+    is an error. A head is used whole or not at all. replaced: prefixes of names whose shapes may
+    differ."""
     expected = model.state_dict()
     if not any(name.startswith("videomae.") for name in expected):  # the encoder alone
         weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
@@ -428,7 +432,7 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
 # ---- The command line ---------------------------------------------------------------------------
 
 def main(source: str, target: str | None = None, **options):
-    """Describe a checkpoint, check that it is finite, and write it to `target` for transformers."""
+    """Describe a checkpoint, check for NaN and inf, and write it to `target` for transformers."""
     path = find(source, **{name: options[name] for name in HUB_OPTIONS & options.keys()})
     names = convert_state_dict(read_checkpoint(path)[0])
     kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,

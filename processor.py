@@ -1,5 +1,5 @@
-"""Convert frames in any common form to the pixel_values that published checkpoints expect, within
-one 8-bit level of transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
+"""Convert frames in any common form to a model's pixel_values, within one 8-bit level
+ of transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
 """
 import json
 from dataclasses import dataclass, field, replace
@@ -64,7 +64,8 @@ class VideoMAEImageProcessor:
                                            for x in (self.image_mean, self.image_std))
         mean, std = self.image_mean, self.image_std
         if 0 in np.ravel(std) or np.ndim(mean) and np.ndim(std) and len(mean) != len(std):
-            raise ValueError(f"image_std: got {std} for mean {mean}, expected equal lengths, no 0")
+            raise ValueError(f"image_std: got {std} for mean {mean}, expected equal lengths and no "
+                             "zero")
 
     def __call__(self, videos=None, return_tensors=None, data_format="channels_first",
                  input_data_format=None, images=None, **options) -> BatchFeature:
@@ -74,8 +75,8 @@ class VideoMAEImageProcessor:
             a PIL image, or an array (H, W), (H, W, C) or (C, H, W) with numbers from 0 to 255, or
             from 0 to 1 with do_rescale=False.
         return_tensors: "pt" for a tensor (B, T, C, H, W), "np" for an array, None for a list.
-        data_format: "channels_last" returns (..., H, W, C). input_data_format: the frames' own, if
-            ambiguous. options: any fields of the class, overridden for this call."""
+        data_format: "channels_last" returns (..., H, W, C). input_data_format: that of the frames,
+            if ambiguous. options: any fields of the class, overridden for this call."""
         stack = {"pt": torch.stack, "np": np.stack, None: list}
         check_choice("return_tensors", return_tensors, stack)
         check_choice("data_format", data_format, ("channels_first", "channels_last"))
@@ -109,7 +110,8 @@ class VideoMAEImageProcessor:
             x = x * self.rescale_factor
         if self.do_normalize:
             if any(np.ndim(numbers) and len(numbers) != x.shape[1] for numbers in (mean, std)):
-                raise ValueError(f"image_mean, image_std: expected one number, or {x.shape[1]}")
+                raise ValueError("image_mean, image_std: expected one number, or one for each of "
+                                 f"{x.shape[1]} channels")
             x = (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
         return x
 
@@ -145,7 +147,7 @@ def read_size(name: str, size, keys: set[str]) -> dict[str, int]:
         size = {"height": size[0], "width": size[1]}
     is_fine = isinstance(size, dict) and set(size) in (keys, {"height", "width"})
     if not is_fine or not all(type(x) is int and 0 < x < 10_000 for x in size.values()):
-        raise ValueError(f"{name}: got {size}, expected one number of pixels or (height, width)")
+        raise ValueError(f"{name}: got {size}, expected a number of pixels or (height, width)")
     return size
 
 
@@ -191,7 +193,7 @@ def check_range(frames: list[Tensor], top: int):
     if top == 255 and all(frame.dtype == torch.uint8 for frame in frames):
         return
     low, high = min(x.min().item() for x in frames), max(x.max().item() for x in frames)
-    # Numbers in [0, 1] are not on the scale to 255, unless all are whole: a very dark clip.
+    # Numbers in [0, 1] are not on a 0 to 255 scale, unless all are whole, as in a dark clip.
     is_scaled = top == 255 and high <= 1.01 and any((x != x.round()).any() for x in frames)
     if is_scaled or not (-0.01 <= low and high <= top + 0.01):
         raise ValueError(f"videos: got numbers from {low:g} to {high:g}, expected 0 to {top}; pass "

@@ -1,10 +1,10 @@
-"""Parity tests of outputs and gradients against the published implementations; then tests of masks,
-preprocessing and error messages, and of typical research changes to the model.
+"""Parity tests of outputs against the published implementations, and of gradients against
+transformers; then tests of masks, preprocessing, error messages, and typical research changes.
 
     python -m pytest -q test_videomae.py
 
-Tests that need transformers or safetensors (the test extra installs both) are skipped, with a
-reason, if those are missing. Tests of checkpoint files and the image processor are in tests/.
+Tests that need transformers (the test extra installs it) are skipped, with a reason, if it is
+missing. Tests of checkpoint files and the image processor are in tests/.
 """
 import os
 import warnings
@@ -473,7 +473,7 @@ def test_outputs_omit_missing_fields():
 
 
 def test_options_that_need_weights_refuse_an_overridden_attention():
-    """By class or on the instance. Its weights are unknown, so a head mask would do nothing."""
+    """Overridden by class or instance, its weights are unknown, so a head mask would do nothing."""
     clip, _ = clip_and_mask(VideoMAEConfig(**SMALL))
 
     class Uniform(videomae.Attention):

@@ -1,16 +1,16 @@
 """Train VideoMAE: pretrain without labels, fine-tune on a few, compare with training from scratch.
 
     python train_tiny.py                   synthetic clips, no download; minutes on two CPU cores
-    python train_tiny.py --data FOLDER     your videos, FOLDER/Class/*.mp4; half an hour, or 20
-                                           minutes on a GPU
+    python train_tiny.py --data FOLDER     your videos, FOLDER/Class/*.mp4; half an hour, or on
+                                           a GPU about 20 minutes (estimated)
     torchrun --nproc_per_node=2 train_tiny.py --data FOLDER     several GPUs
 
 To start from published weights, with the authors' optimizer, add `--init MCG-NJU/videomae-base
 --optimizer adamw --layer-decay 0.75`.
 
 A run's results, pictures and models go to a folder in runs/ that is named after its options. The
-same command resumes a run that was interrupted, and shows one that is finished, even if code or
-data have changed since: then pass another --name. For a data set of your own, see tiny/__init__.py.
+same command resumes an interrupted run and shows a finished one, even if code or data have changed;
+to train again, pass another --name. For a data set of your own, see tiny/__init__.py.
 """
 import json
 import logging
@@ -70,7 +70,7 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
 
     batches[step] is a tuple of CPU tensors, see Batches; loss_of(model, *batch) returns their mean
     loss. lr is the peak. With a path, the state is saved there every `save_every` steps, and the
-    same call resumes from it exactly. each_tenth(model) is called ten times on the way.
+    same call resumes from it, on a CPU exactly. each_tenth(model) is called ten times in all.
     """
     device, (rank, world) = next(model.parameters()).device, processes()
     dtype = choose_dtype(precision, device)
@@ -145,10 +145,11 @@ def update(model, optimizers, scaler, rate: float, gradient_clip: float):
 
 def make_optimizers(model, kind: str, muon_scale: float, betas, weight_decay: float,
                     layer_decay: float) -> dict:
-    """-> {"adamw": optimizer} and, if that is the kind, "muon" for the matrices.
+    """-> {"adamw": optimizer} and, if kind is "muon", also {"muon": optimizer} for matrices.
 
     As in the authors' code, norms, biases and the mask token do not decay, and learning rates fall
-    by `layer_decay` from layer to layer, from the head down. They are the step's times "scale".
+    by a factor of `layer_decay` per layer, from the head down. A group's rate is the step's rate
+    times its "scale".
     """
     pattern, names = r"encoder\.blocks\.(\d+)\.", [name for name, _ in model.named_parameters()]
     top = len(set(re.findall(pattern, " ".join(names)))) + 1
@@ -174,7 +175,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in. auto: bf16 on a GPU that has it, fp16 on another GPU."""
+    """The dtype of matrix products. auto: on CUDA bf16 if supported, else fp16; elsewhere fp32."""
     if precision == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
@@ -182,7 +183,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def processes() -> tuple[int, int]:
-    """This process's number, and how many there are; torchrun starts several."""
+    """This process's rank, and the number of processes; torchrun starts several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -198,11 +199,11 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         indices = self.indices(step)
-        torch.manual_seed(hash((self.seed, step, self.rank, 0)))  # others than the loss's
+        torch.manual_seed(hash((self.seed, step, self.rank, 0)))  # not the seed that `fit` uses
         return self.clips.train_clips(indices), self.clips.labels[indices]
 
     def indices(self, step: int) -> Tensor:
-        """(batch / world,) from an endless row of shuffles, every clip once in each."""
+        """(batch / world,) from an endless sequence of shuffles, each holding every clip once."""
         n, start, end = len(self.subset), step * self.batch, (step + 1) * self.batch
         shuffles = []
         for epoch in range(start // n, (end - 1) // n + 1):
@@ -234,23 +235,24 @@ def classification_loss(model, frames: Tensor, labels: Tensor, *, jitter=False,
 
 @dataclass
 class Recipe:
-    """The settings of a run. The defaults, for synthetic clips, were chosen on other test clips.
-    Muon reaches the same loss in far fewer steps than AdamW."""
+    """The settings of a run. The defaults, for synthetic clips, were chosen on test clips of other
+    seeds. Muon reaches the same loss in far fewer steps than AdamW."""
 
     data: str = option("", "a folder of videos, FOLDER/Class/*.mp4", "Data")
     labels_per_class: int = option(1, "labelled clips in each class; 0 = all clips")
     init: str = option("", "skip pretraining and start from these weights: a directory or hub id")
-    seed: int = option(0, "random seed for clips, weights, batches and which clips are labelled")
+    seed: int = option(0, "random seed for clips, weights, batches and the choice of labels")
     name: str = option("", "name of the run's folder in runs/ (default: made from the options)")
 
-    unlabelled_clips: int = option(10_000, "clips to train on", "Clips, without --data", low=1)
+    unlabelled_clips: int = option(10_000, "clips to train on", "Synthetic clips, without --data",
+                                  low=1)
     test_clips: int = option(1024, "held-out clips to test on", low=1)
     test_seed: int = option(TEST_SEED, "seed of the test clips; use another to choose settings")
 
     fps: float = option(6.25, "frames per second of a clip; UCF101's videos have 25",
                         "Videos, with --data", low=0.01)
-    views: int = option(1, "clips of a test video, whose predictions are averaged", low=1)
-    flip: bool = option(False, "mirror half of the training clips; not if left or right matters")
+    views: int = option(1, "clips per test video, whose predictions are averaged", low=1)
+    flip: bool = option(False, "mirror half of the training clips; not where left and right matter")
     split: int = option(1, "which of UCF101's three official splits to follow", low=1)
 
     model: str = option("tiny", "a preset of VideoMAEConfig", "Model, without --init")
@@ -260,7 +262,7 @@ class Recipe:
                        "Pretraining, without --init", choices=("tube", "random", "frame"))
     mask_ratio: float = option(0.75, "share that is masked, rounded down to whole tubes or steps")
     pretrain_steps: int = option(1600, "training steps", low=1)
-    pretrain_batch: int = option(32, "clips per step, in all processes together", low=1)
+    pretrain_batch: int = option(32, "clips per step, across all processes", low=1)
     pretrain_lr: float = option(7.5e-4, "peak learning rate; 1.5e-3 suits --mask frame")
 
     finetune_steps: int = option(300, "training steps; 0 = skip",
@@ -268,18 +270,18 @@ class Recipe:
     finetune_lr: float = option(5e-4, "peak learning rate")
     scratch_steps: int = option(1900, "training steps from scratch; 0 = skip")
     scratch_lr: float = option(2.5e-4, "peak learning rate from scratch")
-    finetune_batch: int = option(16, "clips per step, in all processes together", low=1)
+    finetune_batch: int = option(16, "clips per step, across all processes", low=1)
     probe_first: bool = option(False, "start both from a linear probe instead of a new head")
-    layer_decay: float = option(1.0, "factor between the learning rates of a layer and the next")
+    layer_decay: float = option(1.0, "a layer's learning rate / the next one's; fine-tuning only")
     drop_path: float = option(0.0, "share of clips that skip the last block", high=0.99)
-    label_smoothing: float = option(0.0, "share of a label that goes to all classes", high=1)
-    colour_jitter: bool = option(True, "randomize colours, which could give a few clips away")
+    label_smoothing: float = option(0.0, "share of each label spread over all classes", high=1)
+    colour_jitter: bool = option(True, "randomize colours, so they do not give a clip's label away")
 
-    optimizer: str = option("muon", "muon: for matrices, and AdamW for the rest", "Optimization",
+    optimizer: str = option("muon", "muon: Muon for matrices, AdamW for the rest", "Optimization",
                             choices=("muon", "adamw"))
     weight_decay: float = option(0.05, "of matrices; the authors' value")
     accumulate: int = option(1, "compute a batch in this many parts to save memory", low=1)
-    precision: str = option("auto", "auto: bf16 on a GPU that has it, fp16 on another, else fp32",
+    precision: str = option("auto", "auto: on CUDA bf16 if supported, else fp16; elsewhere fp32",
                             choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = option(False, "use torch.compile")
     save_every: int = option(100, "steps between saved states, from which a run resumes", low=1)
@@ -292,7 +294,7 @@ VIDEOS = Recipe(
     scratch_steps=1000, scratch_lr=5e-4,
     drop_path=0.1, label_smoothing=0.1, colour_jitter=False,
 )
-# On a GPU of 8 GB, in 20 minutes by arithmetic; see docs/results.md.
+# On a GPU of 8 GB; estimated to take 20 minutes, see docs/results.md.
 VIDEOS_ON_GPU = replace(
     VIDEOS, model="laptop", image_size=112, pretrain_steps=8000, pretrain_batch=64,
     finetune_steps=2000, scratch_steps=6000, finetune_batch=32,
@@ -330,7 +332,7 @@ def finetune(clips, subset: Tensor, config: VideoMAEConfig, recipe: Recipe, path
     scratch if that is None."""
     changes = dict(use_mean_pooling=True, drop_path_rate=recipe.drop_path,
                    num_labels=len(clips.classes), id2label=dict(enumerate(clips.classes)),
-                   extra=config.extra | dict(fps=recipe.fps, views=recipe.views))  # to predict
+                   extra=config.extra | dict(fps=recipe.fps, views=recipe.views))  # for predict
     if init:
         model = VideoMAEForVideoClassification.from_pretrained(init, **changes)
         steps, lr, layer_decay = recipe.finetune_steps, recipe.finetune_lr, recipe.layer_decay
@@ -370,9 +372,9 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
         masked = random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)
         print(f"pretraining masks {masked.float().mean():.0%} of a clip ({recipe.mask})")
     if state.setdefault("clips", counts) != counts:
-        raise ValueError(f"--name: {folder} was started with other clips, pass another name")
+        raise ValueError(f"--name: {folder} was started with other clips; pass another name")
 
-    # With weights of the run's own, a dropped decoder and a new head are no news.
+    # With the run's own weights, a dropped decoder and a new head are expected.
     logging.getLogger("videomae").setLevel("WARNING" if recipe.init else "ERROR")
     pretrained = recipe.init or folder / "pretrained"
     picture = partial(report.draw_reconstruction, clips=test_clips, mask=recipe.mask,
@@ -403,7 +405,7 @@ MODELS = {"pretraining": "pretrained", "fine-tuning": "finetuned"}
 
 
 def save(path: Path, state: dict, model, result: dict):
-    """Save what came of one way: its model, and its result in results.json."""
+    """Save the outcome of one way to train: its model, and its result in results.json."""
     way, folder = path.stem, path.parent
     state["results"][way] = result
     if processes()[0] == 0:
@@ -456,7 +458,7 @@ def load_clips(recipe: Recipe, config: VideoMAEConfig) -> tuple:
 
 
 def wait():
-    """Until every process is here."""
+    """Wait until every process gets here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -479,7 +481,7 @@ def main(argv=None, load=load_clips):
     if path.exists():
         state = json.loads(path.read_text())
     if state["recipe"] != asdict(recipe):
-        raise ValueError(f"--name: {folder} holds a run with other settings, pass another name")
+        raise ValueError(f"--name: {folder} holds a run with other settings; pass another name")
     print(f"{folder}/ on {state['device']}" + ", finished before" * table.exists())
     wait()  # until every process has read the state
     if not table.exists():  # else the run is finished
@@ -500,6 +502,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command resumes.")
+        sys.exit("\nInterrupted. The same command resumes it.")
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"train_tiny.py: {error}")

@@ -20,7 +20,8 @@ the encoder, and the 1,408 masked ones are predicted, each 2 * 16 * 16 * 3 = 1,5
 Part one is the method, to be read from top to bottom, in the order in which data flows. Part two
 is everything else. To change the method, edit `random_mask` for the mask, `autoencode` for the
 loss, `Attention.attend` for attention, and `VideoMAEForPreTraining.target` for the prediction
-target (and the decoder's `head` if its width changes). Shapes use these letters; () is a scalar:
+target (and the decoder's `head` if the target's width changes). Shapes use these letters; () is a
+scalar:
 
     B            clips in a batch
     T, C, H, W   frames, channels, rows and columns of pixels
@@ -29,7 +30,7 @@ target (and the decoder's `head` if its width changes). Shapes use these letters
     P            pixels in a patch, tubelet_size * patch_size^2 (the paper calls a patch a cube)
     D, D_dec     width of the encoder and of the decoder
 
-References (this file's repository tests every output and gradient against 2 and 3):
+References (this file's repository tests outputs against 2 and 3, and gradients against 3):
 1. Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
    Self-Supervised Video Pre-Training", NeurIPS 2022, https://arxiv.org/abs/2203.12602
 2. the authors' code, https://github.com/MCG-NJU/VideoMAE
@@ -75,7 +76,7 @@ class VideoMAEConfig:
     decoder_intermediate_size: int = 1536
     norm_pix_loss: bool = True  # normalize target patches; see VideoMAEForPreTraining.target
     use_mean_pooling: bool = True  # False to pretrain; see the table in VideoMAEEncoder
-    num_labels: int | None = None  # len(id2label) by default, or 2
+    num_labels: int | None = None  # by default len(id2label), or 2 without it
     id2label: dict[int, str] | None = None  # LABEL_0, LABEL_1, ... by default
 
     # Details to skip on a first reading:
@@ -135,7 +136,7 @@ class VideoMAEConfig:
 class VideoMAEPreTrainedModel(nn.Module):
     """Base class with conveniences from transformers, which the method does not need."""
 
-    accepts_loss_kwargs = False  # or Trainer would pass num_items_in_batch to `forward`
+    accepts_loss_kwargs = False  # otherwise Trainer would pass num_items_in_batch to `forward`
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -228,11 +229,11 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int],
                 mask_ratio: float) -> Tensor:
-    """A new mask for each clip, (B, N) bool on the CPU, True = masked, with equal counts.
+    """A new mask for each clip, (B, N) bool on the CPU, True = masked, equally many in each clip.
 
-    mask_ratio is the share of the H'W' spatial positions, masked at every time step ("tube"), of
-    all N patches ("random"), or of the T' time steps ("frame"). Counts are rounded down. Source:
-    the authors' masking_generator.py; the paper compares the three."""
+    mask_ratio is the share that is masked: of the H'W' spatial positions, at every time step
+    ("tube"); of all N patches ("random"); or of the T' time steps ("frame"). Counts are rounded
+    down. "tube" is the authors' masking_generator.py; the paper compares the three."""
     time, space = grid[0], grid[1] * grid[2]
     # The shape of the random draw; an axis of length 1 is shared by all time steps or positions.
     drawn = {"tube": (1, space), "random": (time, space), "frame": (time, 1)}
@@ -272,8 +273,8 @@ def sinusoid(num_positions: int, dim: int) -> Tensor:
 
 
 def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
-    """(N, dim) float32, a vector for each patch: one sinusoid over the flattened (time step, row,
-    column) index, so the same spatial position one step later is H'W' further on."""
+    """(N, dim) float32, a vector for each patch: by default one sinusoid over the flattened (time
+    step, row, column) index, where the same position one time step later is H'W' further on."""
     if config.position_embedding == "separable" or config.position_grid:
         return other_positions(config, dim)
     return sinusoid(config.num_patches, dim).float()
@@ -296,7 +297,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, wanted: slice = slice(None),
                 look: "Look | None" = None) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. look
+        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. `look`
         records attention weights and masks heads; see Look, in part two."""
         qkv = self.qkv(x)  # (B, M, 3 D)
         if self.q_bias is not None:
@@ -444,7 +445,7 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     def target(self, patches: Tensor) -> Tensor:
         """What to predict: patches (B, M, P, C) -> (B, M, P * C). With norm_pix_loss, pixels are
         normalized per patch and per channel, so that the model predicts structure, not brightness
-        (the paper, after MAE). Without it, they are scaled to [0, 1]."""
+        (as in the paper, following MAE). Without it, they are scaled to [0, 1]."""
         patches = patches.float()
         if not self.config.norm_pix_loss:
             return denormalize(patches).flatten(2)
@@ -540,9 +541,9 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
 # ---- Details of the modules ---------------------------------------------------------------------
 
 def init_linear(module: nn.Module):
-    """Xavier-uniform weights and zero biases, as the authors initialize blocks and decoder head.
+    """Xavier-uniform weights and zero biases, as the authors initialize the blocks and the head.
     The embedding and encoder_to_decoder keep PyTorch's default, as theirs do. transformers uses
-    normal(0, 0.02), which suits widths near 768; narrow ones need a std that scales with width."""
+    normal(0, 0.02), which suits widths near 768; narrower layers need a larger std."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -685,7 +686,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.flatten().long())
 
 
-# ---- The encoder as a model, outputs and options under transformers' names ----------------------
+# ---- The encoder as a model; outputs and options under transformers' names ----------------------
 
 class VideoMAEModel(VideoMAEPreTrainedModel):
     """The encoder as a standalone model, from clips to tokens."""
@@ -726,11 +727,11 @@ OUTPUT_TYPES = {  # created on import, because torch.compile cannot create class
 @dataclass
 class Look:
     """The options of `forward`, as in transformers, and what they record of the encoder. Each call
-    creates its own and passes it on as an argument, so that threads can share a model."""
+    creates its own Look and passes it on as an argument, so that threads can share a model."""
 
     config: VideoMAEConfig
     head_mask: Tensor | None = None  # (heads,) or (layers, heads); 1 keeps a head, 0 turns it off
-    output_attentions: bool | None = None  # each block's weights, (B, heads, M, M)
+    output_attentions: bool | None = None  # each block's attention weights, (B, heads, M, M)
     output_hidden_states: bool | None = None  # the embedding and each block's output, (B, M, D)
     return_dict: bool | None = None  # False returns a plain tuple
 
@@ -750,7 +751,7 @@ class Look:
         return self.needs_weights or bool(self.output_hidden_states)
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attention.attend`, written out if its weights are needed, which fused kernels hide."""
+        """`attention.attend`, but written out if weights that fused kernels hide are needed."""
         if not self.needs_weights:
             return attention.attend(q, k, v)
         if type(attention).attend is not Attention.attend or "attend" in vars(attention):
@@ -765,12 +766,12 @@ class Look:
         return weights @ v
 
     def output(self, **fields) -> tuple:
-        """A model's output: its own fields that are not None, and the states requested."""
+        """A model's output: its own fields that are not None, and what else was requested."""
         layers = self.config.num_hidden_layers
         if (self.needs_weights and len(self.attentions) != layers
                 or self.output_hidden_states and len(self.hidden_states) != layers + 1):
             raise TypeError("head_mask, output_*: got an overridden attention, block or encoder, "
-                            "which does not pass `look` on")
+                            "that does not pass `look` on")
         if self.output_hidden_states:
             fields["hidden_states"] = tuple(self.hidden_states)
         if self.output_attentions:

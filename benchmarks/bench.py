@@ -99,7 +99,7 @@ def make_step(side: str, size: str, task: str, batch: int, precision="fp32", mod
 def count_operations(size: str, task: str, batch: int) -> int:
     """Floating-point operations in the matrix products of our step, attention included."""
     step = make_step("ours", size, task, batch, device="meta")  # meta computes nothing
-    # Plain products, as the CPU's fused attention would not be counted.
+    # Use plain products, because the CPU's fused attention would not be counted.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Run what needs a GPU, in at most 8 minutes and without a network, and write docs/gpu.md.
+"""Run the checks that need a GPU, in at most 8 minutes without a network, and write docs/gpu.md.
 
     make gpu                                      or, with a run on real videos: make gpu FOLDER=...
     python benchmarks/gpu.py --small --output X   the same parts with few steps, also on a CPU
@@ -40,7 +40,7 @@ def make_parts(folder: Path | None, small: bool) -> list[tuple]:
         few = "--model tiny --pretrain-steps 20 --finetune-steps 10 --scratch-steps 10".split()
         clips = "--unlabelled-clips 200 --test-clips 64".split()
     parts = [
-        ("Outputs and gradients equal the published ones, in fp32", 1,
+        ("Outputs equal the published ones, and gradients transformers', in fp32", 1,
          ["-m", "pytest", "-qs", "--disable-warnings", ROOT / "test_videomae.py", "-k", tests]),
         ("Step times, and how close they come to pure matrix products", 2,
          [bench, "--sides", "ours", "--only", *rows]),
@@ -149,13 +149,13 @@ def feed(folder: str, steps: int):
             if step == 0:
                 start = time.perf_counter()  # workers have started
         rate = steps * batch / (time.perf_counter() - start)
-        print(f"{workers} workers: {rate:,.0f} clips a second")
+        print(f"workers: {workers}, clips a second: {rate:,.0f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="few steps, to check each part runs")
+    parser.add_argument("--small", action="store_true", help="few steps, to check every part")
     parser.add_argument("--data", type=Path, help="a folder of videos, FOLDER/Class/*.mp4")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/gpu.md")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs/results.md, from docs/results.json and the model in
+"""Draw docs/first.png and docs/results.png, from docs/results.json and the model in
 tiny/pretrained:
 
     .venv/bin/python docs/draw.py

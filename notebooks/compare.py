@@ -77,7 +77,7 @@ def run(seed: int, pretraining=VideoMAEForPreTraining, encoder=None, decoder=Non
     many = choose_labelled(clips.labels, PROBE_LABELS, seed)
     probe = accuracies(linear_probe(model.videomae, clips, many, test_clips), test_clips.labels)
 
-    # A mean-pooled classifier has no final encoder norm; no other weight may be missing.
+    # A mean-pooled classifier has no use for the encoder's final norm, but needs all else.
     weights = model.videomae.state_dict()
     assert not classifier.videomae.load_state_dict(weights, strict=False).missing_keys
     finetune(classifier, clips, seed)
@@ -171,7 +171,7 @@ def table(results: dict, definitions: dict) -> str:
 
 
 def count_lines(*definitions) -> int:
-    """Count the lines that are not empty of classes and functions defined in notebook cells."""
+    """Count the non-empty lines of classes and functions defined in notebook cells."""
     count = 0
     for definition in definitions:
         function = definition

@@ -1,5 +1,5 @@
-"""Video files to try 04_your_videos.ipynb on where no real ones are at hand: a camera films drawn
-scenes, and the class is how it moves."""
+"""Videos for trying 04_your_videos.ipynb without real ones: a camera films drawn scenes, and the
+class is how it moves."""
 from pathlib import Path
 
 import av
@@ -21,7 +21,7 @@ def draw_videos(folder: Path, groups: int):
 
 
 def write_video(path: Path, clip: torch.Tensor):
-    """(T, 3, H, W) uint8 -> a file of 6.25 frames a second, three times as wide and high."""
+    """(T, 3, H, W) uint8 -> a 25 fps file, each frame shown four times and three times as large."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)

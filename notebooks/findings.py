@@ -105,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT",
-                        help=f"one of: {'; '.join(EXPERIMENTS)}")
+                        help=f"any of: {'; '.join(EXPERIMENTS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 """Tests of checkpoints.py: every published format loads, saved models load in transformers, and no
-weight is dropped or invented silently; also of the files copied into another project.
+weight is dropped or invented silently. Also tests of the files copied into another project.
 
     python -m pytest -q tests/test_checkpoints.py
 """
@@ -158,7 +158,7 @@ def test_spellings_and_bin_files(tmp_path):
     safetensors.save_file(spelling, tmp_path / "spelling/model.safetensors")
     torch.save(weights, tmp_path / "bin/pytorch_model.bin")
 
-    # Files with other names are ignored.
+    # If model.safetensors exists, other files are ignored.
     other = {name: x + 1 for name, x in weights.items()}
     safetensors.save_file(weights, tmp_path / "both/model.safetensors")
     safetensors.save_file(other, tmp_path / "both/model_ema.safetensors")
@@ -234,7 +234,7 @@ def test_options_of_transformers(caplog):
         assert model.classifier.out_features == model.config.num_labels == 2
     refused("id2label: got keys ['1', '2'], expected 0 to 1", CLASSIFY, id2label={1: "a", 2: "b"})
     refused("dtype: got 'half16', expected one of float32", CLASSIFY, dtype="half16")
-    refused("config: got dict, expected VideoMAEConfig", CLASSIFY, config={"num_labels": 3})
+    refused("config: got dict, expected videomae.Video", CLASSIFY, config={"num_labels": 3})
     refused("num_labels: got 3, but id2label has 2", CLASSIFY, id2label=names, num_labels=3)
 
     model = load(CLASSIFY, config=VideoMAEConfig(**SMALL, num_labels=5), hidden_act="relu",
@@ -243,7 +243,7 @@ def test_options_of_transformers(caplog):
     assert model.config.hidden_act == "relu" and model.config.num_labels == 5
     for name in ("num_frame", "device_map", "quantization_config"):
         for cls in (VideoMAEModel, VideoMAEImageProcessor):
-            message = f"{cls.__name__}: got unknown ['{name}'], see docs/transformers.md"
+            message = f"{cls.__name__}: got unknown options ['{name}']; see docs/transformers.md"
             refused(message.replace("Model", "Config"), CLASSIFY, cls, **{name: 3})
     table = (HERE / "docs/transformers.md").read_text()
     assert "`device_map`" in table and "`quantization_config`" in table
@@ -287,7 +287,7 @@ def test_authors_pretraining_file(tmp_path):
     # What shapes do not determine must be passed, but only for the modules that are loaded.
     refused("position_grid: the grid changes from (8, 28, 28) to (8, 4, 4); pass (8, 28, 28)",
             source, VideoMAEForPreTraining, **known)
-    refused("num_attention_heads: cannot be inferred from a width of 48, pass it", source)
+    refused("num_attention_heads: cannot be inferred from a width of 48; pass it", source)
     del known["decoder_num_attention_heads"]
     refused("decoder_num_attention_heads: cannot", source, VideoMAEForPreTraining, **known)
     encoder = VideoMAEModel.from_pretrained(source, **known, position_grid=None)
@@ -576,7 +576,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     for paths, fields, message in [
         ([new], {}, "not finite: decoder.mask_token"),
         ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
-        ([good], known | {"image_sise": 32}, r"unknown \['image_sise'\]"),
+        ([good], known | {"image_sise": 32}, r"unknown options \['image_sise'\]"),
         ([good, new], known, "already exists"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -668,7 +668,7 @@ def test_published_weights():
 
 
 def test_files_copied_into_another_project(tmp_path):
-    """videomae.py alone needs torch, numpy and einops; in a package, it finds checkpoints.py."""
+    """videomae.py needs only torch, numpy and einops; in a package, it finds checkpoints.py."""
     (tmp_path / "package").mkdir()
     shutil.copy(HERE / "videomae.py", tmp_path)
     for name in ("videomae.py", "checkpoints.py"):

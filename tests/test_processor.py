@@ -101,7 +101,7 @@ def test_every_kind_of_video():
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_other_channels(channels):
-    """One channel equals transformers; 2 and 4 are resized one by one, not as transparency."""
+    """One channel equals transformers; 2 or 4 are resized one by one, and none as transparency."""
     video = np.ascontiguousarray(np.resize(LAST, (4, 40, 50, channels)))
     layout = dict(input_data_format="channels_last")
     for statistics in (0.5, (0.5,) * channels):
@@ -135,7 +135,7 @@ def test_floats_are_what_the_settings_expect():
     half = pixels(torch.from_numpy(unit).bfloat16(), do_rescale=False)
     assert (half - close).abs().max() < 0.01
 
-    dark = (LAST > 200).astype(np.float32)  # 0 and 1 on the scale to 255
+    dark = (LAST > 200).astype(np.float32)  # 0 and 1 on the 0 to 255 scale
     assert (pixels(dark) - pixels(np.uint8(dark))).abs().max() < 1.01 / 255 / 0.5
     assert pixels(dark * 0).unique().tolist() == [-1]
     normalized = (unit - 0.45) / 0.225
@@ -175,7 +175,7 @@ def test_processor_refuses_wrong_inputs():
         ([frame, frame[:30]], dict(do_resize=False, do_center_crop=False), "Sizes of tensors must"),
         ([video, video[:3]], dict(return_tensors="pt"), "to be equal size"),  # PyTorch's
         (palette, {}, "videos: got a PIL image of mode P"),
-        ([frame[..., :1]] * 4, {}, "image_mean, image_std: expected one number, or 1"),
+        ([frame[..., :1]] * 4, {}, "expected one number, or one for each of 1 channels"),
         (video, dict(image_std=[0, 1, 1]), "image_std: got"),
         (video, dict(crop_size=48), "crop_size: got 48 x 48, expected at most 32 x 40"),
         (video, dict(crop_size=(1, 2, 3)), r"crop_size: got \(1, 2, 3\)"),
@@ -184,7 +184,7 @@ def test_processor_refuses_wrong_inputs():
         (video, dict(size=0), "size: got"),
         (video, dict(return_tensors="tf"), "return_tensors: got 'tf'"),
         (video, dict(data_format="NCHW"), "data_format: got 'NCHW'"),
-        (video, dict(do_pad=True), "unknown .'do_pad'., see docs/transformers.md"),
+        (video, dict(do_pad=True), "unknown options .'do_pad'.; see docs/transformers.md"),
     ]
     for videos, options, message in cases:
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):

@@ -67,8 +67,8 @@ def test_the_middle_frame_does_not_depend_on_the_label():
 
 
 def test_a_single_frame_tells_at_most_zoom_in_from_zoom_out():
-    """The best cue in one frame is how fine it is. It leaves the middle frame near chance, and
-    on the first gains less than recognizing both zooms (2 of 8 classes) would."""
+    """The best cue in one frame is how fine it is. In the middle frame this does little better than
+    chance, and in the first it gains less than recognizing both zooms (2 of 8 classes) would."""
     train_clips, test_clips = (SyntheticClips(3000, TINY, seed) for seed in (11, 12))
 
     def fineness(clips, frame):
@@ -223,7 +223,7 @@ def test_the_model_in_the_repository_has_the_loss_that_its_readme_reports():
     mask = random_mask("tube", 64, model.config.grid, 0.75)
     with torch.no_grad():
         loss = model(normalize(clips.clips), mask).loss.item()
-    assert f"held-out clips\nis {loss:.3f}" in (folder / "README.md").read_text()
+    assert f"held-out clips is {loss:.3f}" in (folder / "README.md").read_text().replace("\n", " ")
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -243,7 +243,7 @@ def test_the_picture_shows_predictions_and_states_what_is_from_the_clip(
                                tmp_path / "moving.gif")
     pictures, rows, text, _ = saved
     assert "88% masked (tube)" in text, "14 of 16 positions, not 90 %"
-    assert ("taken from the clip" in text) == norm_pix_loss
+    assert ("from the clip" in text) == norm_pix_loss
     assert rows == ["clip", "visible", "reconstruction"]
 
     clip, visible, filled = pictures.unflatten(1, (3, -1)).unbind(dim=1)  # each (T, H, 4 W, 3)

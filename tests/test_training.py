@@ -152,7 +152,7 @@ def test_learning_rates_by_layer_and_step():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon needs torch 2.9")
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 160)])
 def test_muon_matches_torchs_up_to_rounding(shape):
-    """Rounding to bfloat16 (3 digits) makes a difference of more than 1 % but less than 5 %."""
+    """Rounding to bfloat16 (3 digits) makes a difference of less than 5 %."""
     start, generator = torch.randn(shape), torch.Generator().manual_seed(0)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     options = dict(lr=0.1, weight_decay=0.05)
@@ -358,7 +358,7 @@ VIDEOS = ["--fps", 12.5, "--pretrain-steps", 3, "--pretrain-batch", 4, "--finetu
 
 
 def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
-    """A full run on videos, fine-tuning alone from its weights, and a folder that has changed."""
+    """A full run on videos, another from its pretrained weights, and a folder that has changed."""
     data = ["--data", video_folder, *VIDEOS]
     results = main(*data, "--model", "tiny", name="videos")
     said = capsys.readouterr().out

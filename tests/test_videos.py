@@ -86,13 +86,13 @@ def test_folders_split_by_group_by_lists_or_as_they_are(tmp_path, capsys):
         trained = {("A", "v_A_g02_c01.avi"), ("B", "v_B_g02_c01.avi")}
         tested = {("A", f"v_A_g0{g}_c01.avi"), ("B", f"v_B_g0{g}_c01.avi")}
         assert split(tmp_path, number) == [trained, tested]
-        said = "1 of 3 files belong to classes without a folder, the first is line 3: C/not_here"
+        said = "1 of 3 files belong to classes without a folder; the first is line 3: C/not_here"
         assert said in capsys.readouterr().out
     with pytest.raises(ValueError, match="trainlist03.txt: no such file"):
         split(tmp_path, 3)
     with open(lists / "trainlist01.txt", "a") as file:
         file.write("A/v_A_g99_c01.avi 1\n")
-    with pytest.raises(ValueError, match="01.txt: 2 of 4 files not found, the first is line 3: C/"):
+    with pytest.raises(ValueError, match="01.txt: 2 of 4 files not found; the first is line 3: C/"):
         split(tmp_path, 1)
 
     (tmp_path / "train.csv").write_text("B/v_B_g02_c01.avi 0\n\nA/v_A_g02_c01.avi 1\n")
@@ -136,8 +136,8 @@ REASONS = {
     "both": "files are in both lists",
     "twice": "files have two labels",
     "label": "labels do not fit the folders of their files",
-    "third": "lines have another third column than the first",
-    "bare": "files have no label|lines have another third column",
+    "third": "lines differ from the first in their third column",
+    "bare": "files have no label|lines differ from the first in their",
 }
 
 
@@ -198,7 +198,7 @@ def write_lists(rng, folder) -> tuple[list, str]:
         (folder / file).write_bytes(text.encode(rng.choice(["utf-8", "utf-8-sig"])))
         if any(is_bad for _, is_bad in lines):
             number = 1 + [is_bad for _, is_bad in lines].index(True)
-            error = rf"{file}: 1 of \d+ ({REASONS[fault]}).*, the first is line {number}: "
+            error = rf"{file}: 1 of \d+ ({REASONS[fault]}).*; the first is line {number}: "
     return parts, error if fault else ""
 
 
@@ -456,7 +456,7 @@ def test_damaged_packets_cost_few_frames_and_are_reported(whole, tmp_path, capsy
 
 
 def test_a_broken_file_does_not_cost_a_class_its_test_video(tmp_path, capsys):
-    """The first group of a class that can be read is for testing."""
+    """The first readable group of a class is for testing."""
     data = tmp_path / "data"
     for name in "AB":
         for g in (1, 2, 3):
@@ -470,7 +470,7 @@ def test_a_broken_file_does_not_cost_a_class_its_test_video(tmp_path, capsys):
     assert not set(train_clips.videos) & set(test_clips.videos)
     assert re.fullmatch(
         rf"skipped: {broken}: cannot be decoded \(Invalid data .*\)\n"
-        rf"decoding 5 of 6 videos into {tmp_path}/cache/: about 0.00 GB of \d+.\d GB free\n"
+        rf"decoding 5 of 6 videos into {tmp_path}/cache/: needs about 0.00 GB, \d+.\d GB free\n"
         "3 of 5 videos have fewer than 8 frames at 25 fps; their last frame is repeated\n",
         capsys.readouterr().out)
     (data / "B/v_B_g02_c01.avi").write_bytes(b"nor this one")

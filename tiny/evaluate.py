@@ -42,7 +42,7 @@ def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
 
 
 def start_from_probe(model, clips, subset: Tensor):
-    """Replace a classifier's head by logistic regression on the features of clips[subset].
+    """Replace a classifier's head with logistic regression on the features of clips[subset].
 
     A new head is useless at first, and its gradients distort a pretrained encoder's features before
     it has learned to read them (Kumar et al., ICLR 2022, "LP-FT").
@@ -56,7 +56,7 @@ def start_from_probe(model, clips, subset: Tensor):
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int) -> nn.Linear:
-    """Fit features x (n, D) and labels y (n,)."""
+    """Fit a linear layer that predicts labels y (n,) from features x (n, D)."""
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     standardized, layer = (x - mean) / std, nn.Linear(x.shape[1], classes)
     nn.init.zeros_(layer.weight)
@@ -70,7 +70,7 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int) -> nn.Linear:
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():  # for x as it is
+    with torch.no_grad():  # so that the layer takes x itself
         layer.weight /= std
         layer.bias -= layer.weight @ mean
     return layer

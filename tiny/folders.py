@@ -1,6 +1,7 @@
 """Find the videos of a folder, their classes, and the split into training and test videos.
 
-Lists are accepted in the many forms people write them, if unambiguous. See docs/videos.md.
+Lists may have any of the many forms in which people write them, unless ambiguous; see
+docs/videos.md.
 """
 import os
 import re
@@ -25,10 +26,10 @@ class Video(NamedTuple):
 
 
 def find_videos(folder: Path, split: int = 1) -> list[Video]:
-    """The videos of a folder, which has the first of these layouts that exists:
+    """The videos of a folder, in the first of these layouts that it has:
 
     1. train.csv and test.csv (or val.csv): the authors' lists
-    2. ucfTrainTestlist/: UCF101's lists, number `split` of them
+    2. ucfTrainTestlist/: UCF101's lists; `split` is their number
     3. train/Class/* and test/Class/* (or val/Class/*)
     4. Class/*
     """
@@ -57,8 +58,8 @@ def videos_in(folder: Path, split: str = "") -> list[Video]:
 def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video], list[Video]]:
     """-> the videos to train on and those to test on.
 
-    Without lists, every fifth group of a class is for testing. A group is a single file, or the
-    files that share a `_g07_` in their names, as in UCF101."""
+    Unless lists or folders decide, every fifth group of a class is for testing. A group is a single
+    file, or the files that share a `_g07_` in their names, as in UCF101."""
     train, test, groups = [], [], defaultdict(dict)
     for video in videos:
         match, known = re.search(r"_g\d+_", video.file.name), groups[video.label]
@@ -69,7 +70,8 @@ def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video
         if missing := sorted(set(classes) - {video.label for video in part}):
             names = ", ".join(missing)
             raise ValueError(f"{folder}: no {name} video of class {names} can be read, "
-                             "expected at least one (without lists, two groups per class)")
+                             "expected at least one (or, to be split into train and test, two "
+                             "groups per class)")
     return train, test
 
 
@@ -122,7 +124,7 @@ def read_list(folder: Path, path: Path, split: str) -> list[Video]:
     refuse(f"lines do not start with a path ({' '.join(SUFFIXES)})", unclear, lines)
     columns = [re.split(r"\s*[,;\t]\s*|\s+(?=-?\d)", match[2] or "") for match in matches]
     odd = [line for line, x in zip(lines, columns, strict=True) if x[1:] != columns[0][1:]]
-    refuse("lines have another third column than the first", odd, lines)
+    refuse("lines differ from the first in their third column", odd, lines)
 
     files = [locate(match[1], folder) for match in matches]
     lost = [line for line, file in zip(lines, files, strict=True) if not file]
@@ -154,4 +156,4 @@ def describe(reason: str, bad: list[Video], listed: list[Video]) -> str:
     """A message with the number of bad lines in a list, and the first of them."""
     path, number = bad[0].place
     count, total = (sum(video.place[0] == path for video in part) for part in (bad, listed))
-    return f"{path}: {count} of {total} {reason}, the first is line {number}: {bad[0].file}"
+    return f"{path}: {count} of {total} {reason}; the first is line {number}: {bad[0].file}"

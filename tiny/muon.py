@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
                 buffer.lerp_(matrix.grad, 1 - momentum)
-                update = orthogonalize(matrix.grad.lerp(buffer, momentum))  # Nesterov's momentum
+                update = orthogonalize(matrix.grad.lerp(buffer, momentum))  # Nesterov momentum
 
                 size = 0.2 * math.sqrt(max(matrix.shape))  # entries of about 0.2, like AdamW's
                 matrix.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * size)
@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """(rows, columns) -> the same matrix with all singular values near 1.
 
-    Each of five Newton-Schulz steps applies an odd polynomial to the singular values. The product
-    of the polynomials' factors is built from `gram` alone, so the cost depends on the smaller side.
+    Each of five Newton-Schulz steps multiplies the matrix by a polynomial in its Gram matrix. Their
+    product is built from `gram` alone, so a step's cost depends only on the smaller side.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T

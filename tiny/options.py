@@ -29,7 +29,7 @@ def read_options(defaults, argv: list[str], description: str) -> tuple:
         group.add_argument(f"--{name}", default=default, help=about["help"] + shown, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]}; --help lists all")
+        raise ValueError(f"unknown option {unknown[0]}; --help lists them all")
 
     changed = {}
     for name, f in options.items():

@@ -14,7 +14,7 @@ from videomae import VideoMAEForVideoClassification
 
 @torch.no_grad()
 def main(run: str, *videos: str) -> int:
-    """Print the top five classes per video; report unreadable videos -> 1 if any, else 0."""
+    """Print the top five classes per video; report unreadable ones -> 1 if any, else 0."""
     finetuned = Path(run, "finetuned")
     source = finetuned if finetuned.is_dir() else run
     if "classifier.weight" not in convert_state_dict(read_checkpoint(source)[0]):

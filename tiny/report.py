@@ -1,4 +1,4 @@
-"""What a run shows: a moving reconstruction, loss curves, and the table of its results.
+"""What a run shows: an animated reconstruction, loss curves, and the table of its results.
 
     python -m tiny.report runs/A runs/B ...     one table of several runs, mean ± std
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints import write_atomic
 from videomae import VideoMAEForPreTraining, random_mask, reconstruct
 
-ROWS = {  # in results.json -> in the table, and what it took
+ROWS = {  # name in results.json -> name in the table, and the stages it took
     "from scratch": ("from scratch", ["from scratch"]),
     "linear probe": ("pretrained, linear probe", ["pretraining"]),
     "fine-tuning": ("pretrained, fine-tuned", ["pretraining", "fine-tuning"]),
@@ -25,20 +25,21 @@ ROWS = {  # in results.json -> in the table, and what it took
 
 def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ratio: float,
                         path: Path, count: int = 4):
-    """A moving GIF with a column for each of `count` clips, always the same ones with the same
+    """An animated GIF with a column for each of `count` clips, always the same ones with the same
     mask: the clip, what the encoder sees, and the reconstruction."""
     config = model.config
     if model.decoder.head.out_features != config.patch_dim:
-        return  # it predicts something else than pixels
+        return  # it predicts something other than pixels
     indices = torch.linspace(0, len(clips.labels) - 1, count).long().unique().tolist()
     views = [clips.test_views(i) for i in indices]
     pixel_values = torch.stack([view[len(view) // 2] for view in views])  # (B, T, 3, H, W)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         masked = random_mask(mask, len(indices), config.grid, mask_ratio)  # (B, N)
-    text = f"Held-out clips, {masked.float().mean():.0%} masked ({mask}). Outlined: predicted"
+    share = masked.float().mean()
+    text = f"Held-out clips, {share:.0%} masked ({mask}). Orange: edge of the masked area"
     if config.norm_pix_loss:
-        text += ",\nwith mean and contrast taken from the clip (norm_pix_loss)"
+        text += ",\nfilled in with mean and contrast from the clip (norm_pix_loss)"
     pictures = draw_rows(model, pixel_values, masked)
     pictures = rearrange(pictures, "rows b t h w c -> t (rows h) (b w) c")
     save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)
@@ -62,7 +63,7 @@ def draw_rows(model: VideoMAEForPreTraining, pixel_values: Tensor, masked: Tenso
 
 
 def save_gif(pictures: Tensor, rows: list[str], text: str, path: Path):
-    """pictures (T, H, W, 3) uint8, with names of rows at the left and a text of two lines below."""
+    """pictures (T, H, W, 3) uint8, with row names at the left and two lines of text below."""
     from PIL import Image, ImageDraw
 
     (_, height, width, _), margin, images = pictures.shape, 90, []
@@ -96,11 +97,11 @@ def draw_curves(results: dict, path: Path):
 
 
 def table(runs: list[dict]) -> str:
-    """What results.json files hold -> Markdown, a row for each way to train: mean ± std of the
-    runs; the mean of their seconds."""
+    """Contents of results.json files -> a Markdown table: for each way to train, mean ± std over
+    the runs, and the mean seconds."""
     columns = {"top1": "top-1, %", "mean_class": "mean class accuracy, %"}
     if not runs[0]["recipe"]["data"]:
-        del columns["mean_class"]  # synthetic classes are of about one size
+        del columns["mean_class"]  # synthetic classes are of about equal size
     labels, *others = {run["recipe"]["labels_per_class"] for run in runs}
     if others:
         raise ValueError(f"runs: got {labels} and {others[0]} labels per class, expected the same")

@@ -1,7 +1,7 @@
-"""Clips of a camera that pans, tilts, rolls or zooms over a drawn scene. Its motion is the label.
+"""Clips from a camera that pans, tilts, rolls or zooms over a drawn scene. Its motion is the label.
 
 The middle frame does not depend on the label. Near the ends, zooming makes frames finer or coarser
-than most, which helps to tell the two zooms apart but no other motions.
+than most, which helps to recognize the two zooms but no other motion.
 """
 import math
 
