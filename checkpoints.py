@@ -175,13 +175,13 @@ def read_file(path: Path) -> dict:
     return weights
 
 
-def write_atomic(path: Path, write):
-    """Call write(file) on a temporary binary file, then rename it: readers see all or nothing."""
+def write_atomic(path: Path, content):
+    """Write bytes, or what content(file) writes to a binary file: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file
         os.replace(temporary, path)
@@ -196,7 +196,7 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
         if path.exists() and path.read_bytes() != content:
             raise ValueError(f"directory: {path} already exists with different content")
     for name, content in contents.items():
-        write_atomic(Path(directory) / name, lambda file, content=content: file.write(content))
+        write_atomic(Path(directory) / name, content)
 
 
 # ---- Options and fields -------------------------------------------------------------------------
@@ -276,14 +276,15 @@ def config_to_json(config: videomae.VideoMAEConfig) -> dict:
     return values.pop("extra") | values
 
 
-def processor_to_json(config: videomae.VideoMAEConfig) -> dict:
-    """The contents of a preprocessor_config.json: the authors' settings, and defaults for the rest.
+def processor_file(config: videomae.VideoMAEConfig) -> dict[str, bytes]:
+    """A preprocessor_config.json, {name: content}: the authors' settings, else the defaults.
     Frames' short side is resized to the model's long side, so that a crop always fits."""
     height, width = config.image_hw
-    return dict(size={"shortest_edge": max(height, width)},
-                crop_size={"height": height, "width": width},
-                image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD,
-                image_processor_type="VideoMAEImageProcessor")
+    values = dict(size={"shortest_edge": max(height, width)},
+                  crop_size={"height": height, "width": width},
+                  image_mean=videomae.IMAGENET_MEAN, image_std=videomae.IMAGENET_STD,
+                  image_processor_type="VideoMAEImageProcessor")
+    return {PROCESSOR_FILE: json.dumps(values, indent=2).encode()}
 
 
 def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
@@ -444,16 +445,17 @@ def main(source: str, target: str | None = None, **options):
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
         raise ValueError(f"{source}: weights are not finite: {', '.join(broken)}")
     if target:
-        processor = json.dumps(processor_to_json(model.config), indent=2).encode()
+        files = processor_file(model.config)
         if (path / PROCESSOR_FILE).exists() and "image_size" not in options:
-            processor = (path / PROCESSOR_FILE).read_bytes()
+            files = {PROCESSOR_FILE: (path / PROCESSOR_FILE).read_bytes()}
         model.save_pretrained(target)
-        write_new(target, {PROCESSOR_FILE: processor})
+        write_new(target, files)
 
 
 if __name__ == "__main__":
-    paths = [text for text in sys.argv[1:] if "=" not in text]
-    pairs = [text.split("=", 1) for text in sys.argv[1:] if "=" in text]
+    is_field = re.compile(r"\w+=").match  # a path may contain = later on
+    paths = [text for text in sys.argv[1:] if not is_field(text)]
+    pairs = [text.split("=", 1) for text in sys.argv[1:] if is_field(text)]
     if len(paths) not in (1, 2) or paths[0].startswith("-"):
         sys.exit(__doc__)
     try:

@@ -1,5 +1,5 @@
-"""Convert frames in any common form to a model's pixel_values, within one 8-bit level
- of transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
+"""Convert frames in any common form to a model's pixel_values, within one 8-bit level of
+transformers' image_processing_pil_videomae.py. Needs checkpoints.py.
 """
 import json
 from dataclasses import dataclass, field, replace

@@ -9,8 +9,8 @@ To start from published weights, with the authors' optimizer, add `--init MCG-NJ
 --optimizer adamw --layer-decay 0.75`.
 
 A run's results, pictures and models go to a folder in runs/ that is named after its options. The
-same command resumes an interrupted run and shows a finished one, even if code or data have changed;
-to train again, pass another --name. For a data set of your own, see tiny/__init__.py.
+same command resumes an interrupted run and shows a finished one; to train again, for instance after
+a change to the code, pass another --name. For a data set of your own, see tiny/__init__.py.
 """
 import json
 import logging
@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoints import PROCESSOR_FILE, processor_to_json, write_atomic, write_new
+from checkpoints import processor_file, write_atomic, write_new
 from tiny import report
 from tiny.augment import colour_jitter
 from tiny.evaluate import (
@@ -307,7 +307,8 @@ def read_command(argv: list[str]) -> tuple[Recipe, Path]:
     if any(text.startswith("--data") for text in argv):
         defaults = VIDEOS_ON_GPU if DEVICE.type == "cuda" else VIDEOS
     recipe, changed = read_options(defaults, argv, __doc__)
-    changed.pop("data", None)
+    if changed.pop("data", None):
+        recipe.data = str(Path(recipe.data))  # without a slash at its end
     texts = [Path(recipe.data or "synthetic").resolve().name]
     texts += [f"{name}={value}" for name, value in changed.items()]
     name = recipe.name or re.sub(r"[^\w.,=+-]+", "-", ",".join(texts))[:200]
@@ -362,6 +363,7 @@ def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: flo
 def run(folder: Path, recipe: Recipe, state: dict, load):
     """Train and test each way that has no result in the state yet."""
     config = make_config(recipe)
+    masked = random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)  # refuses a bad ratio
     clips, test_clips = load(recipe, config)
     labelled = choose_labelled(clips.labels, recipe.labels_per_class, recipe.seed)
     counts = dict(train=len(clips.labels), labelled=len(labelled), classes=len(clips.classes),
@@ -369,10 +371,10 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
     print("{train:,} training clips ({labelled:,} labelled, {classes} classes), {test:,} test clips"
           .format(**counts))
     if not recipe.init:
-        masked = random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)
         print(f"pretraining masks {masked.float().mean():.0%} of a clip ({recipe.mask})")
     if state.setdefault("clips", counts) != counts:
         raise ValueError(f"--name: {folder} was started with other clips; pass another name")
+    write_results(folder, state)  # so that an interrupted run resumes with these settings only
 
     # With the run's own weights, a dropped decoder and a new head are expected.
     logging.getLogger("videomae").setLevel("WARNING" if recipe.init else "ERROR")
@@ -381,23 +383,22 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
                       mask_ratio=recipe.mask_ratio, path=folder / "reconstruction.gif")
     ways = {"pretraining": not recipe.init, "linear probe": True, "majority class": True,
             "fine-tuning": recipe.finetune_steps, "from scratch": recipe.scratch_steps}
-    for way in ways:
-        if not ways[way] or way in state["results"]:
+    for way, is_wanted in ways.items():
+        if not is_wanted or way in state["results"]:
             continue
-        path, model, predictions = folder / f"{way}.pt", None, None
+        path, model, result = folder / f"{way}.pt", None, {}
         torch.manual_seed(recipe.seed)
         if way == "pretraining":
             model = pretrain(clips, config, recipe, path, each_tenth=picture)
         elif way == "linear probe":
             encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
-            predictions = linear_probe(encoder, clips, labelled, test_clips)
+            result = linear_probe(encoder, clips, labelled, test_clips)
         elif way == "majority class":
-            predictions = clips.labels.mode().values
+            result = accuracies(clips.labels.mode().values, test_clips.labels)
         else:
             init = pretrained if way == "fine-tuning" else None
             model = finetune(clips, labelled, config, recipe, path, init)
-            predictions = probabilities(model, test_clips).argmax(dim=1)
-        result = {} if predictions is None else accuracies(predictions, test_clips.labels)
+            result = accuracies(probabilities(model, test_clips).argmax(dim=1), test_clips.labels)
         save(path, state, model, result)
 
 
@@ -412,8 +413,7 @@ def save(path: Path, state: dict, model, result: dict):
         if name := MODELS.get(way):
             shutil.rmtree(folder / name, ignore_errors=True)  # an interrupted run may have saved it
             model.save_pretrained(folder / name)
-            processor = json.dumps(processor_to_json(model.config), indent=2).encode()
-            write_new(folder / name, {PROCESSOR_FILE: processor})
+            write_new(folder / name, processor_file(model.config))
         if path.exists():
             fitted = torch.load(path, map_location="cpu", weights_only=True)
             losses, seconds = fitted["losses"], fitted["seconds"]
@@ -422,9 +422,15 @@ def save(path: Path, state: dict, model, result: dict):
                   f"steps, {seconds:.0f} s, data {fitted['waited'] / seconds:.0%} of the time")
         if "top1" in result:
             print(f"{way}: top-1 {result['top1']:.1f} %")
-        text = re.sub(r",\s+(?=[\d.-])", ", ", json.dumps(state, indent=1))  # numbers side by side
-        write_atomic(folder / "results.json", lambda file: file.write(text.encode()))
+    write_results(folder, state)
     wait()
+
+
+def write_results(folder: Path, state: dict):
+    """Write the state to results.json."""
+    if processes()[0] == 0:
+        text = re.sub(r",\s+(?=[\d.-])", ", ", json.dumps(state, indent=1))  # numbers side by side
+        write_atomic(folder / "results.json", text.encode())
 
 
 def make_config(recipe: Recipe) -> VideoMAEConfig:
@@ -433,7 +439,6 @@ def make_config(recipe: Recipe) -> VideoMAEConfig:
     config = VideoMAEConfig.preset(recipe.model, **size)
     if recipe.init:
         config = VideoMAEModel.from_pretrained(recipe.init).config
-    random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)
     parts = processes()[1] * recipe.accumulate
     for batch in (recipe.pretrain_batch, recipe.finetune_batch):
         if batch % parts:

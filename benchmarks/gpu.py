@@ -75,7 +75,7 @@ def write_page(title: str, parts: list[tuple], page: Path) -> bool:
         lines = [line for line in output.splitlines() if line.strip(".s ")]  # skips pytest's dots
         body = "\n".join([f"$ python {command}", *lines])[-6000:]
         text += f"\n## {title}\n\n{state}\n\n```\n{body}\n```\n"
-        write_atomic(page, lambda file, text=text: file.write(text.encode()))
+        write_atomic(page, text.encode())
         print(f"{title}: {state}", flush=True)
     return all_well
 

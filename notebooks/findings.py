@@ -52,8 +52,8 @@ def run_once(settings: dict, train_clips=4000, test_clips=1024, finetune_steps=2
     """Settings, with a seed -> the settings and their results: the mean of the last 50 losses, and
     top-1 in percent, fine-tuned and of a linear probe."""
     start, seed, result = time.perf_counter(), settings["seed"], dict(settings)
-    size = dict(decoder_num_hidden_layers=settings["decoder_layers"])
-    config = VideoMAEConfig.preset("tiny", norm_pix_loss=settings["norm_pix_loss"], **size)
+    config = VideoMAEConfig.preset("tiny", norm_pix_loss=settings["norm_pix_loss"],
+                                   decoder_num_hidden_layers=settings["decoder_layers"])
     clips = SyntheticClips(train_clips, config, seed)
     test = SyntheticClips(test_clips, config, TEST_SEED)
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def run_once(settings: dict, train_clips=4000, test_clips=1024, finetune_steps=2
         model = VideoMAEForPreTraining(config)
         losses = pretrain(model, clips, settings)
         many = choose_labelled(clips.labels, 100, seed)
-        probe = accuracies(linear_probe(model.videomae, clips, many, test), test.labels)
+        probe = linear_probe(model.videomae, clips, many, test)
         result |= dict(loss=losses[-50:].mean().item(), probe_800_top1=probe["top1"])
         # Not strict, because a mean-pooled classifier has no norm at the encoder's end.
         classifier.videomae.load_state_dict(model.videomae.state_dict(), strict=False)
@@ -130,7 +130,7 @@ def main():
         for number, result in enumerate(pool.imap_unordered(run_once, jobs), start=1):
             results.append(result)
             text = ",\n".join(map(json.dumps, results))
-            write_atomic(RESULTS, lambda file, text=text: file.write(f"[\n{text}\n]\n".encode()))
+            write_atomic(RESULTS, f"[\n{text}\n]\n".encode())
             differs = {key: result[key] for key in BASE if result[key] != BASE[key]}
             print(f"{number}/{len(jobs)} seed {result['seed']} {differs}: "
                   f"{result['finetune_top1']} %, {result['seconds']} s", flush=True)

@@ -155,8 +155,7 @@ def test_predictions_and_features_are_means_over_views():
             torch.testing.assert_close(shares[i], expected)
             expected = encoder(views).last_hidden_state.mean(dim=(0, 1))
             torch.testing.assert_close(tokens[i], expected)
-    predictions = linear_probe(encoder, clips, everything[:6], clips)
-    assert torch.equal(predictions, clips.labels)
+    assert linear_probe(encoder, clips, everything[:6], clips)["top1"] == 100
     before = {name: x.clone() for name, x in classifier.state_dict().items()}
     start_from_probe(classifier, clips, everything[:6])
     assert torch.equal(probabilities(classifier, clips).argmax(dim=1), clips.labels)

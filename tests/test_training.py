@@ -227,7 +227,7 @@ def check_pretrained(folder):
     """The saved model's loss is close to the last training loss."""
     model = VideoMAEForPreTraining.from_pretrained(folder / "pretrained")
     clips = SyntheticClips(64, model.config, seed=9).clips
-    loss = model(normalize(clips), random_mask("frame", 64, model.config.grid, 0.75)).loss.item()
+    loss = model(normalize(clips), random_mask("tube", 64, model.config.grid, 0.75)).loss.item()
     assert abs(loss - read_results(folder)["results"]["pretraining"]["losses"][-1]) < 0.1
 
 
@@ -241,6 +241,18 @@ def test_a_finished_run_is_shown_and_not_run_again(whole, monkeypatch, capsys):
     with pytest.raises(ValueError, match="--name: runs/whole holds a run with other settings"):
         train_tiny.main([*map(str, TOY), "--seed", "1", "--name", "whole"])
     assert before == {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+
+
+def test_a_run_interrupted_early_refuses_other_settings(main, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_tiny, "fit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(*TOY, name="run")
+    for other in (["--seed", 1], ["--mask", "frame"]):
+        with pytest.raises(ValueError, match="--name: runs/run holds a run with other settings"):
+            main(*TOY, *other, name="run")
 
 
 def test_a_run_killed_at_any_moment_resumes_to_bit_identical_results(whole, tmp_path):

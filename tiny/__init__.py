@@ -1,6 +1,7 @@
 """The data, augmentation, evaluation, pictures and tables of train_tiny.py.
 
-A data set is any object with these five members:
+To train on your own, pass main() a function that loads it: `train_tiny.main(load=...)`. A data set
+is any object with these five members:
 
     classes                the list of class names
     labels                 (n,) int64, the class of each clip

@@ -33,12 +33,12 @@ def features(encoder, clips, indices: Tensor) -> Tensor:
     return mean_over_views(encoder, mean_token, clips, indices)
 
 
-def linear_probe(encoder, clips, subset: Tensor, test_clips) -> Tensor:
-    """Logistic regression on frozen features of clips[subset] -> predictions (n,) on test_clips."""
+def linear_probe(encoder, clips, subset: Tensor, test_clips) -> dict:
+    """Logistic regression on frozen features of clips[subset] -> accuracies on test_clips."""
     x, y = features(encoder, clips, subset), clips.labels[subset]
     probe = logistic_regression(x, y, len(clips.classes))
     x_test = features(encoder, test_clips, torch.arange(len(test_clips.labels)))
-    return probe(x_test).argmax(dim=1)
+    return accuracies(probe(x_test).argmax(dim=1), test_clips.labels)
 
 
 def start_from_probe(model, clips, subset: Tensor):

@@ -35,10 +35,9 @@ def find_videos(folder: Path, split: int = 1) -> list[Video]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    held_out = [name for name in ("test", "val") if (folder / f"{name}.csv").exists()]
-    if held_out or (folder / "train.csv").exists():
-        test = (held_out or ["test"])[0]
-        return read_lists(folder, folder / "train.csv", folder / f"{test}.csv")
+    train, test, val = (folder / f"{name}.csv" for name in ("train", "test", "val"))
+    if train.exists() or test.exists() or val.exists():
+        return read_lists(folder, train, val if val.exists() and not test.exists() else test)
     official = folder / "ucfTrainTestlist"
     if official.is_dir():
         train, test = (official / f"{name}list{split:02}.txt" for name in ("train", "test"))

@@ -33,7 +33,7 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ra
     indices = torch.linspace(0, len(clips.labels) - 1, count).long().unique().tolist()
     views = [clips.test_views(i) for i in indices]
     pixel_values = torch.stack([view[len(view) // 2] for view in views])  # (B, T, 3, H, W)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # of the CPU only
         torch.manual_seed(0)
         masked = random_mask(mask, len(indices), config.grid, mask_ratio)  # (B, N)
     share = masked.float().mean()
@@ -126,4 +126,5 @@ def mean_and_std(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([json.loads(Path(run, "results.json").read_text()) for run in sys.argv[1:]]))
+    states = [json.loads(Path(run, "results.json").read_text()) for run in sys.argv[1:]]
+    print(table(states) if states else __doc__)

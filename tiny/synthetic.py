@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videomae import VideoMAEConfig, normalize, preprocess
+from videomae import VideoMAEConfig, normalize
 
 # Opposites are adjacent: reversed in time, motion i becomes motion i ^ 1.
 MOTIONS = (
@@ -29,8 +29,7 @@ class SyntheticClips:
         if width != size or config.num_channels != 3:
             raise ValueError(f"synthetic clips: got a model of {config.num_channels} channels and "
                              f"{size} x {width} pixels, expected 3 channels and square frames")
-        self.config = config
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # of the CPU only
             torch.manual_seed(seed)
             drawings = min(8, math.ceil(count / 64))
             scenes = torch.cat([draw_scenes(64, 2 * size) for _ in range(drawings)])
@@ -48,7 +47,7 @@ class SyntheticClips:
 
     def test_views(self, index: int) -> Tensor:
         """-> (1, T, 3, H, W) pixel_values, the only view of a clip."""
-        return preprocess(self.clips[index], self.config)[None]
+        return normalize(self.clips[[index]])
 
 
 def uniform(low: float, high: float, *shape: int) -> Tensor:

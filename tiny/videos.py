@@ -9,7 +9,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -101,18 +101,16 @@ def decode(file: Path, image_hw, fps: float, cache="runs/.cache") -> Path:
     """Decode a video, once, into a .npy file of (frames, H, W, 3) uint8 at `fps` frames per second,
     scaled to just cover image_hw."""
     def write(out):
-        frames = read_frames(file, image_hw, scan(file, fps)[0])
-        first, count = next(frames, None), 0
-        if first is None:
-            raise ValueError(f"{file}: no frame can be decoded")
-        # The frame count is known only at the end. numpy's header has room for it.
-        header = dict(descr="|u1", fortran_order=False, shape=(0, *first.shape))
-        np.lib.format.write_array_header_1_0(out, header)
-        for frame in chain([first], frames):
+        count = 0
+        out.seek(128)  # the size of numpy's header, which holds the number of frames
+        for frame in read_frames(file, image_hw, scan(file, fps)[0]):
             out.write(frame)
             count += 1
+        if not count:
+            raise ValueError(f"{file}: no frame can be decoded")
         out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header | dict(shape=(count, *first.shape)))
+        header = dict(descr="|u1", fortran_order=False, shape=(count, *frame.shape))
+        np.lib.format.write_array_header_1_0(out, header)
 
     path = cache_path(file, image_hw, fps, cache)
     if not path.exists():
