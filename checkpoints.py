@@ -119,7 +119,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "net", "model
 
 
 def find(source: str | os.PathLike, subfolder: str = "", **hub) -> Path:
-    """A local path, or a hub id's cached download -> its path, extended by `subfolder`."""
+    """A local path, or a hub id, downloaded into a cache -> the path, with `subfolder` added."""
     path = Path(source)
     if not path.exists():
         try:
@@ -357,7 +357,7 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
         raise TypeError(f"config: got {type(config).__name__}, expected videomae.VideoMAEConfig")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    if config:  # position_grid=None is only a default, not a wish
+    if config:  # position_grid=None may be only the default
         given = config_fields(config)
         given = {name: x for name, x in given.items() if name != "position_grid" or x}
         options = given | options
