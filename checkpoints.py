@@ -277,7 +277,7 @@ def config_to_json(config: videomae.VideoMAEConfig) -> dict:
 
 
 def processor_file(config: videomae.VideoMAEConfig) -> dict[str, bytes]:
-    """A preprocessor_config.json, {name: content}: the authors' settings, else the defaults.
+    """A preprocessor_config.json, {name: content}: the model's size, the authors' mean and std.
     Frames' short side is resized to the model's long side, so that a crop always fits."""
     height, width = config.image_hw
     values = dict(size={"shortest_edge": max(height, width)},
@@ -347,8 +347,8 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
                torch_dtype=None, **options) -> nn.Module:
     """Load a checkpoint -> a model in evaluation mode, in float32 unless dtype is given.
 
-    strict: a missing, unknown or mismatched weight is an error; only a new head and an unused
-        decoder are logged. False loads the weights that fit and logs the rest.
+    strict: a missing, unknown or mismatched weight is an error; only a new head, and an unused
+        head, norm or decoder, are logged. False loads the weights that fit and logs the rest.
     ignore_mismatched_sizes: weights of a different shape are newly initialized and logged.
     config: a VideoMAEConfig that overrides the checkpoint's.
     dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
@@ -357,7 +357,7 @@ def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=N
         raise TypeError(f"config: got {type(config).__name__}, expected videomae.VideoMAEConfig")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    if config:  # position_grid=None may be only the default
+    if config:  # position_grid=None may just be the default
         given = config_fields(config)
         given = {name: x for name, x in given.items() if name != "position_grid" or x}
         options = given | options

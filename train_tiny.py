@@ -252,7 +252,7 @@ class Recipe:
     fps: float = option(6.25, "frames per second of a clip; UCF101's videos have 25",
                         "Videos, with --data", low=0.01)
     views: int = option(1, "clips per test video, whose predictions are averaged", low=1)
-    flip: bool = option(False, "mirror half of the training clips; not where left and right matter")
+    flip: bool = option(False, "mirror half of the training clips; avoid if left and right matter")
     split: int = option(1, "which of UCF101's three official splits to follow", low=1)
 
     model: str = option("tiny", "a preset of VideoMAEConfig", "Model, without --init")
@@ -273,7 +273,7 @@ class Recipe:
     finetune_batch: int = option(16, "clips per step, across all processes", low=1)
     probe_first: bool = option(False, "start both from a linear probe instead of a new head")
     layer_decay: float = option(1.0, "a layer's learning rate / the next one's; fine-tuning only")
-    drop_path: float = option(0.0, "share of clips that skip the last block", high=0.99)
+    drop_path: float = option(0.0, "share of clips that skip a branch of the last block", high=0.99)
     label_smoothing: float = option(0.0, "share of each label spread over all classes", high=1)
     colour_jitter: bool = option(True, "randomize colours, so they do not give a clip's label away")
 
@@ -294,7 +294,7 @@ VIDEOS = Recipe(
     scratch_steps=1000, scratch_lr=5e-4,
     drop_path=0.1, label_smoothing=0.1, colour_jitter=False,
 )
-# On a GPU of 8 GB; estimated to take 20 minutes, see docs/results.md.
+# On a GPU with 8 GB; estimated to take 20 minutes, see docs/results.md.
 VIDEOS_ON_GPU = replace(
     VIDEOS, model="laptop", image_size=112, pretrain_steps=8000, pretrain_batch=64,
     finetune_steps=2000, scratch_steps=6000, finetune_batch=32,

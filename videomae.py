@@ -751,7 +751,7 @@ class Look:
         return self.needs_weights or bool(self.output_hidden_states)
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attention.attend`, but written out if weights that fused kernels hide are needed."""
+        """`attention.attend`, written out if its weights are needed, which fused kernels hide."""
         if not self.needs_weights:
             return attention.attend(q, k, v)
         if type(attention).attend is not Attention.attend or "attend" in vars(attention):
@@ -770,7 +770,7 @@ class Look:
         layers = self.config.num_hidden_layers
         if (self.needs_weights and len(self.attentions) != layers
                 or self.output_hidden_states and len(self.hidden_states) != layers + 1):
-            raise TypeError("head_mask, output_*: got an overridden attention, block or encoder, "
+            raise TypeError("head_mask, output_*: got an overridden attention, block or encoder "
                             "that does not pass `look` on")
         if self.output_hidden_states:
             fields["hidden_states"] = tuple(self.hidden_states)

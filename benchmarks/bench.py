@@ -7,9 +7,9 @@ The candidates in a row take turns in one process (A B C A B C ...), so that oth
 machine affects all of them, and medians are compared. The ratio is transformers' number divided by
 ours, so above 1 ours is better. First prediction and memory are measured in fresh processes.
 
-The share of peak compares a step with pure matrix products: it is the time that the operations
-PyTorch counts in our step would take at the speed of one large square product, divided by the
-step's time. On a GPU each step starts on an idle device, and fp32 does not use TF32.
+The share of peak compares a step with pure matrix products: at the speed of one large square
+product, the operations of our step, as PyTorch counts them, would take this share of its time.
+On a GPU each step starts on an idle device, and fp32 does not use TF32.
 """
 import argparse
 import importlib

@@ -173,7 +173,7 @@ def count_lines(*definitions) -> int:
     """Count the non-empty lines of classes and functions defined in notebook cells."""
     count = 0
     for definition in definitions:
-        is_class = inspect.isclass(definition)  # inspect finds a cell only from a function
+        is_class = inspect.isclass(definition)  # inspect finds a cell only by a function
         members = vars(definition).values() if is_class else [definition]
         source = "".join(inspect.getsource(x) for x in members if inspect.isfunction(x))
         count += is_class + sum(bool(line.strip()) for line in source.splitlines())

@@ -1,7 +1,6 @@
 """Find the videos of a folder, their classes, and the split into training and test videos.
 
-Lists may have any of the many forms in which people write them, unless ambiguous; see
-docs/videos.md.
+Lists may take any of the forms in common use that are not ambiguous; see docs/videos.md.
 """
 import os
 import re
@@ -69,8 +68,8 @@ def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video
         if missing := sorted(set(classes) - {video.label for video in part}):
             names = ", ".join(missing)
             raise ValueError(f"{folder}: no {name} video of class {names} can be read, "
-                             "expected at least one (or, to be split into train and test, two "
-                             "groups per class)")
+                             "expected at least one (without lists or train and test folders, "
+                             "two groups per class)")
     return train, test
 
 

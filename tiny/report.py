@@ -39,7 +39,7 @@ def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ra
     share = masked.float().mean()
     text = f"Held-out clips, {share:.0%} masked ({mask}). Orange: edge of the masked area"
     if config.norm_pix_loss:
-        text += ",\nfilled in with mean and contrast from the clip (norm_pix_loss)"
+        text += ",\nwhose patches take mean and contrast from the clip (norm_pix_loss)"
     pictures = draw_rows(model, pixel_values, masked)
     pictures = rearrange(pictures, "rows b t h w c -> t (rows h) (b w) c")
     save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)

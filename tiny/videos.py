@@ -190,7 +190,7 @@ def decoded_frames(file: Path, start: float | None = None):
             # A second early, because without an index a seek may end at a later key frame.
             try:
                 container.seek(int(max(0, start - 1) * av.time_base))
-            except av.FFmpegError:  # it may have moved, so read_views starts at the beginning
+            except av.FFmpegError:  # the position is lost; read_views opens the file again
                 return
         try:
             for packet in packets_of(container, stream):
@@ -241,7 +241,7 @@ class VideoClips:
         return torch.stack([preprocess(frames, self.config) for frames in windows])
 
     def window(self, index: int, start: float) -> Tensor:
-        """-> (T, 3, H, W) uint8. start: 0 for the earliest window to 1 for the latest."""
+        """-> (T, 3, h, w) uint8. start: 0 for the earliest window to 1 for the latest."""
         frames = np.load(self.videos[index], mmap_mode="r")  # only the window is read
         chosen = frame_indices(len(frames), self.config.num_frames, stride=1, start=start)
         return torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2)
