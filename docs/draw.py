@@ -35,11 +35,10 @@ def draw_bars(axis, results: dict, rows: dict, colour: str):
 def draw_lines(axis, points: dict, chance: float):
     """points: {x: {way: top-1 of each seed}}; a line through the means, a dot for each seed."""
     for way, colour in COLOURS.items():
-        known = {x: runs[way] for x, runs in enumerate(points.values()) if way in runs}
-        axis.plot(list(known), [np.mean(values) for values in known.values()], color=colour,
-                  label=way)
-        for x, values in known.items():
-            axis.plot([x] * len(values), values, ".", color=colour)
+        values = [runs[way] for runs in points.values()]
+        axis.plot([np.mean(seeds) for seeds in values], color=colour, label=way)
+        for x, seeds in enumerate(values):
+            axis.plot([x] * len(seeds), seeds, ".", color=colour)
     axis.set_xticks(range(len(points)), list(points))
     axis.axhline(chance, color="black", linestyle="--", linewidth=1)
     axis.set(ylim=(0, 80), ylabel="top-1, %")
@@ -85,17 +84,22 @@ def draw_results(results: dict) -> Figure:
     """Four panels for docs/results.md."""
     figure = Figure(figsize=(11, 7), dpi=80, layout="constrained")
     (labels, masks), (few, everything) = figure.subplots(2, 2)
-    chance, steps = results["chance"], results["pretraining steps"]
-    draw_lines(labels, results["labels"], chance)
+    chance, scratch, pretrained = (results[x] for x in ("chance", "from scratch", "pretrained"))
+
+    def by_steps(count):
+        return {steps: runs[count] | {"from scratch": scratch[count]}
+                for steps, runs in pretrained.items()}
+
+    draw_lines(labels, {count: by_steps(count)["3,000"] for count in scratch}, chance)
     labels.set(title="3,000 steps of pretraining", xlabel="labels per class")
     labels.legend(frameon=False)
     kinds = results["masks"]
     draw_bars(masks, kinds | dict(chance=chance), {name: name for name in kinds},
               COLOURS["linear probe"])
     masks.set(title="300 steps, linear probe, by mask", xlabel="top-1, %")
-    draw_lines(few, steps["20"], chance)
+    draw_lines(few, by_steps("20"), chance)
     few.set(title="20 labels per class", xlabel="steps of pretraining")
-    draw_lines(everything, steps["all"], chance)
+    draw_lines(everything, by_steps("all"), chance)
     everything.set(title="All labels", xlabel="steps of pretraining")
     figure.suptitle("Nine classes of UCF101")
     return figure

@@ -5,8 +5,8 @@
     python notebooks/findings.py --list             the experiments and their numbers of runs
 
 A run pretrains (or, with 0 steps, trains from scratch), fine-tunes on 2 labels per class and tests
-on 1,024 held-out clips, in about two minutes on one core. EXPERIMENTS lists what varies, BASE the
-other settings. Each run is saved to findings.json as it ends, so the script can be interrupted.
+on 1,024 held-out clips, in two to three minutes on one core. EXPERIMENTS lists what varies, BASE
+the other settings. Each run is saved to findings.json as it ends, so the script can be interrupted.
 
 The learning rate of pretraining is that of `make train`, which was chosen for tubes.
 """

@@ -164,7 +164,7 @@ def cover(h: int, w: int, height: int, width: int) -> tuple[int, int]:
 def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
     """Yield the frame shown at each time, (H, W, 3) uint8, all of one size.
 
-    seek: start at a key frame before the first time, not at the beginning."""
+    seek: start at the key frame before the first time, not at the beginning."""
     reformatter = av.video.reformatter.VideoReformatter()  # reuse makes it six times as fast
     done, size = 0, None
     for first, last, frame in decoded_frames(file, times[0] if seek else None):
@@ -182,15 +182,16 @@ def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
 
 
 def decoded_frames(file: Path, start: float | None = None):
-    """Yield (first, last, frame): PyAV's frames, from a key frame before `start`, each with the
+    """Yield (first, last, frame): PyAV's frames, from the key frame before `start`, each with the
     range of times it may be shown for. Damaged packets are skipped and reported."""
     packets = frames = damaged = 0
     with open_video(file) as (container, stream, rate):
         if start is not None:
-            # A second early, because without an index a seek may end at a later key frame.
+            # Without an index, a seek may fail or end at a later key frame. Then this yields
+            # nothing, and read_views starts at the beginning.
             try:
-                container.seek(int(max(0, start - 1) * av.time_base))
-            except av.FFmpegError:  # the position is lost; read_views opens the file again
+                container.seek(int(start * av.time_base))
+            except av.FFmpegError:
                 return
         try:
             for packet in packets_of(container, stream):
@@ -202,6 +203,9 @@ def decoded_frames(file: Path, start: float | None = None):
                     continue
                 for frame in decoded:
                     time = frames / rate if frame.time is None else frame.time
+                    if not frames and start is not None and (
+                            frame.time is None or time > start + 0.5 / rate):
+                        return
                     frames += 1
                     yield time - 1, time + 0.5 / rate, frame
         finally:
