@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ from tiny.evaluate import (
     start_from_probe,
 )
 from tiny.muon import Muon
-from tiny.options import option, read_options
+from tiny.options import read_options
 from tiny.synthetic import TEST_SEED, SyntheticClips
 from videomae import (
     VideoMAEConfig,
@@ -53,8 +54,10 @@ from videomae import (
     VideoMAEModel,
     normalize,
     random_mask,
+    split_mask,
 )
 
+BEFORE_FALL = "before_fall.state"  # the file from which --extend starts
 DEVICE = torch.device("cpu")  # of a run; `fit` trains where the model is
 if torch.accelerator.is_available():
     DEVICE = torch.accelerator.current_accelerator()
@@ -63,14 +66,16 @@ if torch.accelerator.is_available():
 # ---- The training loop --------------------------------------------------------------------------
 
 def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muon_scale=3.0,
-        betas=(0.9, 0.95), weight_decay=0.05, layer_decay=1.0, warmup=0.05, gradient_clip=1.0,
+        betas=(0.9, 0.95), weight_decay=0.05, layer_decay=1.0, fall=1.0, gradient_clip=1.0,
         accumulate=1, precision="auto", compile=False, seed=0, workers=0, path=None,
         save_every=100, each_tenth=None) -> Tensor:
     """Train a model in place -> the loss of each step, (steps,).
 
     batches[step] is a tuple of CPU tensors, see Batches; loss_of(model, *batch) returns their mean
-    loss. lr is the peak. With a path, the state is saved there every `save_every` steps, and the
-    same call resumes from it, on a CPU exactly. each_tenth(model) is called ten times in all.
+    loss. lr is the peak, which falls to 0 over the last `fall` of the steps. With a path, the state
+    is saved there every `save_every` steps, and the same call resumes from it, on a CPU exactly.
+    The state before the fall is kept beside it, from which a longer run can start.
+    each_tenth(model) is called ten times in all.
     """
     device, (rank, world) = next(model.parameters()).device, processes()
     dtype = choose_dtype(precision, device)
@@ -78,15 +83,16 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(model=model, scaler=scaler, **optimizers)
     path = path and Path(path)
-    state = dict(step=0, seconds=0.0, waited=0.0, losses=torch.zeros(steps))
+    state = dict(step=0, seconds=0.0, waited=0.0, losses=torch.zeros(0))
     if path and path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
-        if len(state["losses"]) != steps:
-            raise ValueError(f"{path}: got {len(state['losses'])} steps, expected {steps}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         print(f"{path.stem}: resumes after step {state['step']:,}")
-    first, losses = state["step"], state["losses"].to(device)
+    first, before_fall = state["step"], round((1 - fall) * steps)
+    if first > steps:
+        raise ValueError(f"{path}: got {first} steps, expected at most {steps}")
+    losses = F.pad(state["losses"].to(device), (0, steps - first))
     start, waited = time.perf_counter() - state["seconds"], state["waited"]
 
     trained = DistributedDataParallel(model) if world > 1 else model
@@ -107,7 +113,7 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
             losses[step] += loss.detach() / world
         if world > 1:
             dist.all_reduce(losses[step])
-        rate = learning_rate(step, steps, lr, warmup)
+        rate = learning_rate(step, steps, lr, fall)
         update(model, optimizers.values(), scaler, rate, gradient_clip)
 
         done = step + 1
@@ -116,15 +122,17 @@ def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muo
         if each_tenth and rank == 0 and done * 10 // steps > step * 10 // steps:
             each_tenth(model)
             model.train()
-        if done % save_every == 0 or done == steps:
+        if done % save_every == 0 or done in (before_fall, steps):
             if not all(x.isfinite().all() for x in (losses[:done], *model.parameters())):
                 raise FloatingPointError(f"a loss or a weight is not finite after {done} steps; "
                                          "try a lower learning rate")
             if path and rank == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=done, losses=losses, seconds=time.perf_counter() - start,
-                              waited=waited)
+                state |= dict(step=done, losses=losses[:done].clone(), waited=waited,
+                              seconds=time.perf_counter() - start)
                 write_atomic(path, partial(torch.save, state))
+                if done == before_fall:
+                    write_atomic(path.with_name(BEFORE_FALL), partial(torch.save, state))
         ready = time.perf_counter()
     return losses.cpu()
 
@@ -167,11 +175,10 @@ def make_optimizers(model, kind: str, muon_scale: float, betas, weight_decay: fl
     return {name: kinds[name](group) for name, group in groups.items() if group}
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up for a share of the steps, then half a cosine."""
-    rise = max(1, round(warmup * steps))
-    fall = max(0, step - rise) / max(1, steps - rise)
-    return peak * min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * fall))
+def learning_rate(step: int, steps: int, peak: float, fall: float) -> float:
+    """Rise over 5 % of the steps, at most 100; hold; fall over the last share `fall` of them."""
+    rise = min(100, max(1, round(0.05 * steps)))
+    return peak * min((step + 1) / rise, 1, (steps - step) / (fall * steps))
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -214,11 +221,21 @@ class Batches(Dataset):
 
 
 def reconstruction_loss(model, frames: Tensor, labels: Tensor, *, grid, mask: str,
-                        mask_ratio: float, prepare=normalize) -> Tensor:
+                        mask_ratio: float, predict: float = 1, prepare=normalize) -> Tensor:
     """Stage 1: the error of the predicted patches. Labels are not used."""
     pixel_values = prepare(frames)
     bool_masked_pos = random_mask(mask, len(frames), grid, mask_ratio)
-    return model(pixel_values, bool_masked_pos).loss
+    visible, masked = split_mask(bool_masked_pos, pixel_values.device)
+    return model(pixel_values, (visible, running_cell(masked, grid, predict))).loss
+
+
+def running_cell(masked: Tensor, grid, share: float) -> Tensor:
+    """masked (B, N_mask) -> (B, about share * N_mask): of every 1 / share masked patches one, the
+    next one at each time step. Neighbours are alike, so predicting all of them teaches little
+    more, and most of a small model's time goes into it (VideoMAE V2, "dual masking")."""
+    per_step = masked.shape[1] // grid[0]  # exact for tubes
+    i = torch.arange(masked.shape[1], device=masked.device)
+    return masked[:, (i % per_step + i // per_step) % round(1 / share) == 0]
 
 
 def classification_loss(model, frames: Tensor, labels: Tensor, *, jitter=False,
@@ -238,53 +255,56 @@ class Recipe:
     """The settings of a run. The defaults, for synthetic clips, were chosen on test clips of other
     seeds. Muon reaches the same loss in far fewer steps than AdamW."""
 
-    data: str = option("", "a folder of videos, FOLDER/Class/*.mp4", "Data")
-    labels_per_class: int = option(1, "labelled clips in each class; 0 = all clips")
-    init: str = option("", "skip pretraining and start from these weights: a directory or hub id")
-    seed: int = option(0, "random seed for clips, weights, batches and the choice of labels")
-    name: str = option("", "name of the run's folder in runs/ (default: made from the options)")
+    # Data
+    data: str = ""  # a folder of videos, FOLDER/Class/*.mp4
+    labels_per_class: int = 1  # labelled clips in each class; 0 = all clips
+    init: str = ""  # skip pretraining and start from these weights: a directory or hub id
+    seed: int = 0  # random seed for clips, weights, batches and the choice of labels
+    name: str = ""  # name of the run's folder in runs/ (default: made from the options)
 
-    unlabelled_clips: int = option(10_000, "clips to train on", "Synthetic clips, without --data",
-                                  low=1)
-    test_clips: int = option(1024, "held-out clips to test on", low=1)
-    test_seed: int = option(TEST_SEED, "seed of the test clips; use another to choose settings")
+    # Synthetic clips, without --data
+    unlabelled_clips: int = 10_000  # clips to train on, at least 1
+    test_clips: int = 1024  # held-out clips to test on, at least 1
+    test_seed: int = TEST_SEED  # seed of the test clips; use another to choose settings
 
-    fps: float = option(6.25, "frames per second of a clip; UCF101's videos have 25",
-                        "Videos, with --data", low=0.01)
-    views: int = option(1, "clips per test video, whose predictions are averaged", low=1)
-    flip: bool = option(False, "mirror half of the training clips; avoid if left and right matter")
-    split: int = option(1, "which of UCF101's three official splits to follow", low=1)
+    # Videos, with --data
+    fps: float = 6.25  # frames per second of a clip, at least 0.01; UCF101's videos have 25
+    views: int = 1  # clips per test video, at least 1, whose predictions are averaged
+    flip: bool = False  # mirror half of the training clips; avoid if left and right matter
+    split: int = 1  # which of UCF101's three official splits to follow, at least 1
 
-    model: str = option("tiny", "a preset of VideoMAEConfig", "Model, without --init")
-    image_size: int = option(0, "pixels; 0 = the preset's")
+    # Model, without --init
+    model: str = "tiny"  # a preset of VideoMAEConfig
+    image_size: int = 0  # pixels; 0 = the preset's
 
-    mask: str = option("tube", "tube: the same positions at every time step; frame: whole steps",
-                       "Pretraining, without --init", choices=("tube", "random", "frame"))
-    mask_ratio: float = option(0.75, "share that is masked, rounded down to whole tubes or steps")
-    pretrain_steps: int = option(1600, "training steps", low=1)
-    pretrain_batch: int = option(32, "clips per step, across all processes", low=1)
-    pretrain_lr: float = option(7.5e-4, "peak learning rate; 1.5e-3 suits --mask frame")
+    # Pretraining, without --init
+    mask: Literal["tube", "random", "frame"] = "tube"  # tube: the same at every step; frame: steps
+    mask_ratio: float = 0.75  # share that is masked, rounded down to whole tubes or steps
+    predict: float = 1.0  # share of the masked patches that is predicted, at least 0.01, at most 1
+    extend: str = ""  # go on from a finished run's folder, for --pretrain-steps steps in all
+    pretrain_steps: int = 1600  # training steps, at least 1
+    pretrain_batch: int = 32  # clips per step, across all processes, at least 1
+    pretrain_lr: float = 7.5e-4  # peak learning rate; 1.5e-3 suits --mask frame
 
-    finetune_steps: int = option(300, "training steps; 0 = skip",
-                                 "Fine-tuning, and training from scratch")
-    finetune_lr: float = option(5e-4, "peak learning rate")
-    scratch_steps: int = option(1900, "training steps from scratch; 0 = skip")
-    scratch_lr: float = option(2.5e-4, "peak learning rate from scratch")
-    finetune_batch: int = option(16, "clips per step, across all processes", low=1)
-    probe_first: bool = option(False, "start both from a linear probe instead of a new head")
-    layer_decay: float = option(1.0, "a layer's learning rate / the next one's; fine-tuning only")
-    drop_path: float = option(0.0, "share of clips that skip a branch of the last block", high=0.99)
-    label_smoothing: float = option(0.0, "share of each label spread over all classes", high=1)
-    colour_jitter: bool = option(True, "randomize colours, so they do not give a clip's label away")
+    # Fine-tuning, and training from scratch
+    finetune_steps: int = 300  # training steps; 0 = skip
+    finetune_lr: float = 5e-4  # peak learning rate
+    scratch_steps: int = 1900  # training steps from scratch; 0 = skip
+    scratch_lr: float = 2.5e-4  # peak learning rate from scratch
+    finetune_batch: int = 16  # clips per step, across all processes, at least 1
+    probe_first: bool = False  # start both from a linear probe instead of a new head
+    layer_decay: float = 1.0  # a layer's learning rate / the next one's; fine-tuning only
+    drop_path: float = 0.0  # share of clips that skip a branch of the last block, at most 0.99
+    label_smoothing: float = 0.0  # share of each label spread over all classes, at most 1
+    colour_jitter: bool = True  # randomize colours, so they do not give a clip's label away
 
-    optimizer: str = option("muon", "muon: Muon for matrices, AdamW for the rest", "Optimization",
-                            choices=("muon", "adamw"))
-    weight_decay: float = option(0.05, "of matrices; the authors' value")
-    accumulate: int = option(1, "compute a batch in this many parts to save memory", low=1)
-    precision: str = option("auto", "auto: on CUDA bf16 if supported, else fp16; elsewhere fp32",
-                            choices=("auto", "fp32", "bf16", "fp16"))
-    compile: bool = option(False, "use torch.compile")
-    save_every: int = option(100, "steps between saved states, from which a run resumes", low=1)
+    # Optimization
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices, AdamW for the rest
+    weight_decay: float = 0.05  # of matrices; the authors' value
+    accumulate: int = 1  # compute a batch in this many parts, at least 1, to save memory
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: on CUDA bf16 or fp16
+    compile: bool = False  # use torch.compile
+    save_every: int = 100  # steps between saved states, at least 1, from which a run resumes
 
 
 # For --data, on two CPU cores in half an hour. Chosen on held-out training clips of UCF101.
@@ -317,51 +337,9 @@ def read_command(argv: list[str]) -> tuple[Recipe, Path]:
 
 # ---- A run --------------------------------------------------------------------------------------
 
-def pretrain(clips, config: VideoMAEConfig, recipe: Recipe, path: Path, each_tenth) -> nn.Module:
-    """Stage 1, without labels: reconstruct masked patches."""
-    model = VideoMAEForPreTraining(config)
-    loss_of = partial(reconstruction_loss, grid=config.grid, mask=recipe.mask,
-                      mask_ratio=recipe.mask_ratio)
-    everything = torch.arange(len(clips.labels))
-    return train(model, clips, everything, recipe.pretrain_batch, loss_of, recipe.pretrain_steps,
-                 recipe.pretrain_lr, recipe, betas=(0.9, 0.95), path=path, each_tenth=each_tenth)
-
-
-def finetune(clips, subset: Tensor, config: VideoMAEConfig, recipe: Recipe, path: Path,
-             init) -> nn.Module:
-    """Stage 2: a classifier on the labelled clips `subset`, from the weights in `init`, or from
-    scratch if that is None."""
-    changes = dict(use_mean_pooling=True, drop_path_rate=recipe.drop_path,
-                   num_labels=len(clips.classes), id2label=dict(enumerate(clips.classes)),
-                   extra=config.extra | dict(fps=recipe.fps, views=recipe.views))  # for predict
-    if init:
-        model = VideoMAEForVideoClassification.from_pretrained(init, **changes)
-        steps, lr, layer_decay = recipe.finetune_steps, recipe.finetune_lr, recipe.layer_decay
-    else:
-        model = VideoMAEForVideoClassification(replace(config, **changes))
-        steps, lr, layer_decay = recipe.scratch_steps, recipe.scratch_lr, 1.0
-    if recipe.probe_first:
-        start_from_probe(model.to(DEVICE), clips, subset)
-    loss_of = partial(classification_loss, jitter=recipe.colour_jitter,
-                      label_smoothing=recipe.label_smoothing)
-    return train(model, clips, subset, recipe.finetune_batch, loss_of, steps, lr, recipe,
-                 betas=(0.9, 0.999), layer_decay=layer_decay, path=path)
-
-
-def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: float, recipe: Recipe,
-          **options) -> nn.Module:
-    """`fit`, with the settings that both stages share -> the model."""
-    options |= {name: getattr(recipe, name) for name in (
-        "optimizer", "weight_decay", "accumulate", "precision", "compile", "seed", "save_every")}
-    workers = max(1, (os.cpu_count() or 1) // 4) if recipe.data else 0
-    batches = Batches(clips, subset, batch, recipe.seed, *processes())
-    loss_of = partial(loss_of, prepare=clips.prepare)
-    fit(model.to(DEVICE), batches, loss_of, steps, lr, workers=workers, **options)
-    return model
-
-
 def run(folder: Path, recipe: Recipe, state: dict, load):
-    """Train and test each way that has no result in the state yet."""
+    """Pretrain, test a linear probe, fine-tune, and train from scratch. After an interruption, the
+    same call repeats all of it, with `fit` resuming where it stopped."""
     config = make_config(recipe)
     masked = random_mask(recipe.mask, 1, config.grid, recipe.mask_ratio)  # refuses a bad ratio
     clips, test_clips = load(recipe, config)
@@ -370,59 +348,87 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
                   test=len(test_clips.labels))
     print("{train:,} training clips ({labelled:,} labelled, {classes} classes), {test:,} test clips"
           .format(**counts))
-    if not recipe.init:
-        print(f"pretraining masks {masked.float().mean():.0%} of a clip ({recipe.mask})")
     if state.setdefault("clips", counts) != counts:
         raise ValueError(f"--name: {folder} was started with other clips; pass another name")
     write_results(folder, state)  # so that an interrupted run resumes with these settings only
-
     # With the run's own weights, a dropped decoder and a new head are expected.
     logging.getLogger("videomae").setLevel("WARNING" if recipe.init else "ERROR")
-    pretrained = recipe.init or folder / "pretrained"
-    picture = partial(report.draw_reconstruction, clips=test_clips, mask=recipe.mask,
-                      mask_ratio=recipe.mask_ratio, path=folder / "reconstruction.gif")
-    ways = {"pretraining": not recipe.init, "linear probe": True, "majority class": True,
-            "fine-tuning": recipe.finetune_steps, "from scratch": recipe.scratch_steps}
-    for way, is_wanted in ways.items():
-        if not is_wanted or way in state["results"]:
-            continue
-        path, model, result = folder / f"{way}.pt", None, {}
+    results, pretrained = state["results"], recipe.init or folder / "pretrained"
+
+    # Stage 1, without labels: reconstruct masked patches.
+    if not recipe.init:
+        print(f"pretraining masks {masked.float().mean():.0%} of a clip ({recipe.mask})")
         torch.manual_seed(recipe.seed)
-        if way == "pretraining":
-            model = pretrain(clips, config, recipe, path, each_tenth=picture)
-        elif way == "linear probe":
-            encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
-            result = linear_probe(encoder, clips, labelled, test_clips)
-        elif way == "majority class":
-            result = accuracies(clips.labels.mode().values, test_clips.labels)
+        model = VideoMAEForPreTraining(config)
+        loss_of = partial(reconstruction_loss, grid=config.grid, mask=recipe.mask,
+                          mask_ratio=recipe.mask_ratio, predict=recipe.predict)
+        picture = partial(report.draw_reconstruction, clips=test_clips, mask=recipe.mask,
+                          mask_ratio=recipe.mask_ratio, path=folder / "reconstruction.gif")
+        path = folder / "pretraining.pt"
+        if recipe.extend and not path.exists():
+            shutil.copy(Path(recipe.extend, BEFORE_FALL), path)
+        results["pretraining"] = train(
+            model, clips, torch.arange(len(clips.labels)), recipe.pretrain_batch, loss_of,
+            recipe.pretrain_steps, recipe.pretrain_lr, recipe, betas=(0.9, 0.95), fall=0.2,
+            path=path, each_tenth=picture)
+        save(model, pretrained)
+
+    encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
+    results["linear probe"] = linear_probe(encoder, clips, labelled, test_clips)
+    results["majority class"] = accuracies(clips.labels.mode().values, test_clips.labels)
+
+    # Stage 2: a classifier on the labelled clips, from those weights, and from scratch.
+    changes = dict(use_mean_pooling=True, drop_path_rate=recipe.drop_path,
+                   num_labels=len(clips.classes), id2label=dict(enumerate(clips.classes)),
+                   extra=config.extra | dict(fps=recipe.fps, views=recipe.views))  # for predict
+    loss_of = partial(classification_loss, jitter=recipe.colour_jitter,
+                      label_smoothing=recipe.label_smoothing)
+    for way, steps, lr, layer_decay in (
+        ("fine-tuning", recipe.finetune_steps, recipe.finetune_lr, recipe.layer_decay),
+        ("from scratch", recipe.scratch_steps, recipe.scratch_lr, 1.0),
+    ):
+        if steps == 0:
+            continue
+        torch.manual_seed(recipe.seed)
+        if way == "fine-tuning":
+            model = VideoMAEForVideoClassification.from_pretrained(pretrained, **changes)
         else:
-            init = pretrained if way == "fine-tuning" else None
-            model = finetune(clips, labelled, config, recipe, path, init)
-            result = accuracies(probabilities(model, test_clips).argmax(dim=1), test_clips.labels)
-        save(path, state, model, result)
-
-
-MODELS = {"pretraining": "pretrained", "fine-tuning": "finetuned"}
-
-
-def save(path: Path, state: dict, model, result: dict):
-    """Save the outcome of one way to train: its model, and its result in results.json."""
-    way, folder = path.stem, path.parent
-    state["results"][way] = result
-    if processes()[0] == 0:
-        if name := MODELS.get(way):
-            shutil.rmtree(folder / name, ignore_errors=True)  # an interrupted run may have saved it
-            model.save_pretrained(folder / name)
-            write_new(folder / name, processor_file(model.config))
-        if path.exists():
-            fitted = torch.load(path, map_location="cpu", weights_only=True)
-            losses, seconds = fitted["losses"], fitted["seconds"]
-            result |= dict(seconds=round(seconds, 1), losses=losses.tolist())
-            print(f"{way}: loss {losses[0]:.3f} -> {losses[-10:].mean():.3f} in {len(losses):,} "
-                  f"steps, {seconds:.0f} s, data {fitted['waited'] / seconds:.0%} of the time")
-        if "top1" in result:
-            print(f"{way}: top-1 {result['top1']:.1f} %")
+            model = VideoMAEForVideoClassification(replace(config, **changes))
+        if recipe.probe_first:
+            start_from_probe(model.to(DEVICE), clips, labelled)
+        result = train(model, clips, labelled, recipe.finetune_batch, loss_of, steps, lr, recipe,
+                       betas=(0.9, 0.999), layer_decay=layer_decay, path=folder / f"{way}.pt")
+        predictions = probabilities(model, test_clips).argmax(dim=1)
+        results[way] = accuracies(predictions, test_clips.labels) | result
+        print(f"{way}: top-1 {results[way]['top1']:.1f} %")
+        if way == "fine-tuning":
+            save(model, folder / "finetuned")
     write_results(folder, state)
+
+
+def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: float, recipe: Recipe,
+          path: Path, **options) -> dict:
+    """`fit`, with the settings that both stages share -> its losses and seconds."""
+    options |= {name: getattr(recipe, name) for name in (
+        "optimizer", "weight_decay", "accumulate", "precision", "compile", "seed", "save_every")}
+    workers = max(1, (os.cpu_count() or 1) // 4) if recipe.data else 0
+    batches = Batches(clips, subset, batch, recipe.seed, *processes())
+    loss_of = partial(loss_of, prepare=clips.prepare)
+    losses = fit(model.to(DEVICE), batches, loss_of, steps, lr, path=path, workers=workers,
+                 **options)
+    wait()  # until the first process has saved
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    print(f"{path.stem}: loss {losses[0]:.3f} -> {losses[-10:].mean():.3f} in {steps:,} steps, "
+          f"{state['seconds']:.0f} s, data {state['waited'] / state['seconds']:.0%} of the time")
+    return dict(seconds=round(state["seconds"], 1), losses=losses.tolist())
+
+
+def save(model, folder: Path):
+    """Save a model as a directory for transformers."""
+    if processes()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run may have saved it
+        model.save_pretrained(folder)
+        write_new(folder, processor_file(model.config))
     wait()
 
 

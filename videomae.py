@@ -39,12 +39,14 @@ References (this file's repository tests outputs against 2 and 3, and gradients 
 Part of videomae-minimal 0.2, MIT License. You can copy this file on its own; it needs only torch,
 numpy and einops. To load published weights, copy checkpoints.py as well.
 """
+import copy
 import math
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -128,13 +130,9 @@ class VideoMAEConfig:
         """The inverse of id2label."""
         return {name: i for i, name in self.id2label.items()}
 
-    def to_dict(self) -> dict:
-        """The dict that save_pretrained writes to config.json."""
-        return import_checkpoints().config_to_json(self)
-
 
 class VideoMAEPreTrainedModel(nn.Module):
-    """Base class with conveniences from transformers, which the method does not need."""
+    """Conveniences from transformers, which the method does not need."""
 
     accepts_loss_kwargs = False  # otherwise Trainer would pass num_items_in_batch to `forward`
 
@@ -142,16 +140,8 @@ class VideoMAEPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    device = property(lambda self: next(self.parameters()).device)
+    dtype = property(lambda self: next(self.parameters()).dtype)
 
     @classmethod
     def from_pretrained(cls, source, **options):
@@ -256,7 +246,10 @@ def mask_highest(scores: Tensor, num_masked: int) -> Tensor:
 
 def split_mask(bool_masked_pos: Tensor, device=None) -> tuple[Tensor, Tensor]:
     """(B, N) bool -> indices (B, N_vis) of visible and (B, N_mask) of masked patches, increasing.
+    A pair of indices stays as it is: to predict only some of the masked patches, leave out others.
     Keep masks on the CPU: reading their count from a GPU forces a synchronization."""
+    if isinstance(bool_masked_pos, tuple):
+        return bool_masked_pos
     mask, num_masked = check_mask(bool_masked_pos)
     order = mask.byte().argsort(dim=1, stable=True)  # stable: increasing within each part
     order = order.to(device or mask.device, non_blocking=True)
@@ -295,17 +288,14 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, wanted: slice = slice(None),
-                look: "Look | None" = None) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M. `look`
-        records attention weights and masks heads; see Look, in part two."""
+    def forward(self, x: Tensor, wanted: slice = slice(None)) -> Tensor:
+        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M."""
         qkv = self.qkv(x)  # (B, M, 3 D)
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             qkv += bias.to(qkv.dtype)  # adding float32 to autocast's float16 is slow
         q, k, v = rearrange(qkv, "b m (n heads d) -> n b heads m d", n=3, heads=self.num_heads)
-        q = q[:, :, wanted]
-        x = look.attend(self, q, k, v) if look else self.attend(q, k, v)
+        x = self.attend(q[:, :, wanted], k, v)
         return self.proj(rearrange(x, "b heads m d -> b m (heads d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -338,10 +328,9 @@ class Block(nn.Module):
         self.mlp = MLP(dim, hidden_dim, config)
         self.drop = Drop(config.hidden_dropout_prob, drop_path)  # skips a branch for some clips
 
-    def forward(self, x: Tensor, wanted: slice = slice(None),
-                look: "Look | None" = None) -> Tensor:
+    def forward(self, x: Tensor, wanted: slice = slice(None)) -> Tensor:
         """(B, M, D) -> (B, M, D), or only the wanted tokens, as in the decoder's last block."""
-        x = x[:, wanted] + self.drop(self.attn(self.norm1(x), wanted, look))
+        x = x[:, wanted] + self.drop(self.attn(self.norm1(x), wanted))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -370,16 +359,11 @@ class VideoMAEEncoder(nn.Module):
         norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.norm = nn.Identity() if config.use_mean_pooling else norm
 
-    def forward(self, patches: Tensor, index: Tensor | slice = slice(None),
-                look: "Look | None" = None) -> Tensor:
+    def forward(self, patches: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
         """patches (B, M, P, C), index (B, M) of their positions, by default all N -> (B, M, D)."""
         x = self.patch_embed(patches.flatten(2)) + self.positions[index]
         for block in self.blocks:
-            if look:
-                look.hidden_states.append(x)
-            x = block(x, look=look)
-        if look:
-            look.hidden_states.append(x)
+            x = block(x)
         return self.norm(x)
 
 
@@ -429,14 +413,14 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
         self.videomae = VideoMAEModel(config)  # transformers' name for the encoder's wrapper
         self.decoder = VideoMAEDecoder(config)
 
-    def autoencode(self, pixel_values: Tensor, visible: Tensor, masked: Tensor,
-                   look: "Look | None" = None) -> tuple[Tensor, Tensor]:
+    def autoencode(self, pixel_values: Tensor, visible: Tensor,
+                   masked: Tensor) -> tuple[Tensor, Tensor]:
         """clips (B, T, C, H, W), indices (B, N_vis) of visible and (B, N_mask) of masked patches ->
         loss (), predicted patches (B, N_mask, P * C). Shapes below: ViT-B at mask ratio 0.9.
         torch.compile(model.autoencode, fullgraph=True) works."""
         patches = patchify(pixel_values, self.config)  # (B, 1568, 512, 3)
         target = self.target(take(patches, masked))  # (B, 1408, 1536)
-        encoded = self.videomae.encoder(take(patches, visible), visible, look)  # (B, 160, 768)
+        encoded = self.videomae.encoder(take(patches, visible), visible)  # (B, 160, 768)
         predicted = self.decoder(encoded, visible, masked)  # (B, 1408, 1536)
         loss = F.mse_loss(predicted.float(), target)
         return loss, predicted
@@ -459,7 +443,7 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
         look = Look(self.config, **options)
         check_inputs(self.config, pixel_values, bool_masked_pos)
         visible, masked = split_mask(bool_masked_pos, pixel_values.device)
-        loss, logits = self.autoencode(pixel_values, visible, masked, look)
+        loss, logits = look.at(self).autoencode(pixel_values, visible, masked)
         return look.output(loss=loss, logits=logits)
 
 
@@ -495,7 +479,7 @@ class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
         (B,), class indices, also their cross-entropy as loss (). options: see Look."""
         look = Look(self.config, **options)
         check_inputs(self.config, pixel_values)
-        x = self.videomae.encoder(patchify(pixel_values, self.config), look=look)  # (B, N, D)
+        x = look.at(self).videomae.encoder(patchify(pixel_values, self.config))  # (B, N, D)
         if self.fc_norm is not None:
             x = self.fc_norm(x.mean(dim=1))  # (B, D)
         else:
@@ -646,7 +630,7 @@ def check_inputs(config: VideoMAEConfig, pixel_values: Tensor, bool_masked_pos=N
     if tuple(pixel_values.shape[1:]) != shape or pixel_values.shape[0] == 0:
         raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, "
                          f"{', '.join(map(str, shape))})")
-    if bool_masked_pos is not None:
+    if bool_masked_pos is not None and not isinstance(bool_masked_pos, tuple):
         got, expected = np.shape(bool_masked_pos), (len(pixel_values), config.num_patches)
         if got != expected:
             raise ValueError(f"bool_masked_pos: got shape {(*got,)}, expected {expected}")
@@ -705,7 +689,7 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
         if bool_masked_pos is not None:
             index, _ = split_mask(bool_masked_pos, pixel_values.device)
             patches = take(patches, index)  # (B, N_vis, P, C)
-        return look.output(last_hidden_state=self.encoder(patches, index, look))
+        return look.output(last_hidden_state=look.at(self).encoder(patches, index))
 
 
 def output_type(fields: tuple[str, ...]) -> type:
@@ -726,8 +710,7 @@ OUTPUT_TYPES = {  # created on import, because torch.compile cannot create class
 
 @dataclass
 class Look:
-    """The options of `forward`, as in transformers, and what they record of the encoder. Each call
-    creates its own Look and passes it on as an argument, so that threads can share a model."""
+    """The options of `forward`, as in transformers, and what they record of the encoder."""
 
     config: VideoMAEConfig
     head_mask: Tensor | None = None  # (heads,) or (layers, heads); 1 keeps a head, 0 turns it off
@@ -746,17 +729,29 @@ class Look:
                              f"(heads,) or (layers, heads) = {shape}")
         self.needs_weights = bool(self.output_attentions) or self.head_mask is not None
 
-    def __bool__(self) -> bool:
-        """Whether anything must be recorded or masked."""
-        return self.needs_weights or bool(self.output_hidden_states)
+    def at(self, model: VideoMAEPreTrainedModel) -> VideoMAEPreTrainedModel:
+        """The model; or, to look into it, a twin whose blocks record their outputs and whose
+        attention is written out. Only this call sees the twin, so threads can share a model."""
+        if not self.needs_weights and not self.output_hidden_states:
+            return model
+        model = twin(model)
+        for block in getattr(model, "videomae", model).encoder.blocks:
+            block.forward = partial(self.record, block.forward)
+            if self.needs_weights:
+                if type(block.attn).attend is not Attention.attend or "attend" in vars(block.attn):
+                    raise TypeError("head_mask, output_attentions: got an overridden `attend`, "
+                                    "whose weights are unknown")
+                block.attn.attend = partial(self.attend, block.attn)
+        return model
+
+    def record(self, forward: Callable, x: Tensor) -> Tensor:
+        """A block's `forward`, (B, M, D) -> (B, M, D)."""
+        self.hidden_states = self.hidden_states or [x]
+        self.hidden_states.append(forward(x))
+        return self.hidden_states[-1]
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attention.attend`, written out if its weights are needed, which fused kernels hide."""
-        if not self.needs_weights:
-            return attention.attend(q, k, v)
-        if type(attention).attend is not Attention.attend or "attend" in vars(attention):
-            raise TypeError("head_mask, output_attentions: got an overridden `attend`, whose "
-                            "weights are unknown")
+        """`Attention.attend`, written out for its weights, which fused kernels hide."""
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
         weights = F.dropout(weights, attention.dropout, attention.training)  # (B, heads, M, M)
         if self.head_mask is not None:
@@ -767,11 +762,8 @@ class Look:
 
     def output(self, **fields) -> tuple:
         """A model's output: its own fields that are not None, and what else was requested."""
-        layers = self.config.num_hidden_layers
-        if (self.needs_weights and len(self.attentions) != layers
-                or self.output_hidden_states and len(self.hidden_states) != layers + 1):
-            raise TypeError("head_mask, output_*: got an overridden attention, block or encoder "
-                            "that does not pass `look` on")
+        if self.needs_weights and len(self.attentions) != self.config.num_hidden_layers:
+            raise TypeError("head_mask, output_attentions: got an overridden attention or block")
         if self.output_hidden_states:
             fields["hidden_states"] = tuple(self.hidden_states)
         if self.output_attentions:
@@ -779,6 +771,13 @@ class Look:
         fields = {field: x for field, x in fields.items() if x is not None}
         return_dict = self.return_dict is not False
         return OUTPUT_TYPES[(*fields,)](**fields) if return_dict else tuple(fields.values())
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of a module and of its submodules, which shares all tensors."""
+    module = copy.copy(module)
+    module._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    return module
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -827,13 +826,10 @@ def denormalize(patches: Tensor) -> Tensor:
 
 def import_checkpoints():
     """Import checkpoints.py, a top-level module or one in the same package as this file."""
+    name = f"{__package__}.checkpoints".lstrip(".")
     try:
-        if __package__:
-            from . import checkpoints
-        else:
-            import checkpoints
-    except ImportError as error:
-        if error.name not in ("checkpoints", __package__):
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
             raise
         raise ImportError("loading and saving need checkpoints.py beside videomae.py") from error
-    return checkpoints

@@ -1,42 +1,44 @@
-"""Build a command line from a dataclass whose fields are options with help and limits."""
+"""Build a command line from a dataclass whose comments are the help."""
 import argparse
-import math
-from dataclasses import field, fields
-
-
-def option(default, help: str, group=None, low=0.0, high=math.inf, choices=None):
-    """A field of such a dataclass. group: the title of a new group of options."""
-    return field(default=default, metadata=dict(help=help, group=group, low=low, high=high,
-                                                choices=choices))
+import inspect
+import re
+from typing import get_args, get_type_hints
 
 
 def read_options(defaults, argv: list[str], description: str) -> tuple:
-    """Parse argv -> a dataclass like `defaults`, and {option: value} of the changed options."""
+    """Parse argv -> a dataclass like `defaults`, and {option: value} of the changed options.
+
+    Each field with a comment is an option, with the comment as its help. A comment on its own line
+    is the title of a group. Numbers are at least 0, or whatever the help says: "at least 1".
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {f.name.replace("_", "-"): f for f in fields(defaults)}
-    for name, f in options.items():
-        about, default = f.metadata, getattr(defaults, f.name)
-        if about["group"]:
-            group = parser.add_argument_group(about["group"])
-        kind = dict(type=f.type, choices=about["choices"])
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif not about["choices"]:
-            kind["metavar"] = "X"
-        shown = "" if default == "" else f" (default: {default})"
-        group.add_argument(f"--{name}", default=default, help=about["help"] + shown, **kind)
+    kinds, helps = get_type_hints(type(defaults)), {}
+    for line in inspect.getsource(type(defaults)).splitlines():
+        if title := re.fullmatch(r"    # (.+)", line):
+            group = parser.add_argument_group(title[1])
+        if found := re.fullmatch(r"    (\w+): .+  # (.+)", line):
+            name, default = found[1].replace("_", "-"), getattr(defaults, found[1])
+            helps[name], kind = found[2], kinds[found[1]]
+            how = dict(type=kind, metavar="X")
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(kind):  # of Literal
+                how = dict(choices=get_args(kind))
+            shown = "" if default == "" else f" (default: {default})"
+            group.add_argument(f"--{name}", default=default, help=helps[name] + shown, **how)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}; --help lists them all")
 
     changed = {}
-    for name, f in options.items():
-        value, low, high = getattr(values, f.name), f.metadata["low"], f.metadata["high"]
-        if not isinstance(value, str) and not low <= value <= high:
-            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
-            raise ValueError(f"--{name}: got {value}, expected {bound}")
-        if value != getattr(defaults, f.name):
+    for name, (key, value) in zip(helps, vars(values).items(), strict=True):
+        for word, sign, default in (("least", 1, "0"), ("most", -1, "inf")):
+            bound = re.search(rf"at {word} ([\d.]+)", helps[name])
+            bound = bound[1] if bound else default
+            if not isinstance(value, str) and sign * value < sign * float(bound):
+                raise ValueError(f"--{name}: got {value}, expected at {word} {bound}")
+        if value != getattr(defaults, key):
             changed[name] = value
     return type(defaults)(**vars(values)), changed
