@@ -41,7 +41,7 @@ from videomae import (
     unpatchify,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "tests" / "golden"
 TOLERANCE = 1e-5  # relative, float32
 DEVICE = os.environ.get("VIDEOMAE_DEVICE", "cpu")  # for the equality tests; `make gpu` sets cuda
 

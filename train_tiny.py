@@ -14,7 +14,6 @@ a change to the code, pass another --name. For a data set of your own, see tiny/
 """
 import json
 import logging
-import math
 import os
 import re
 import shutil

@@ -1,10 +1,10 @@
-"""Test of notebooks/findings.py with few steps."""
+"""Test of scripts/findings.py with few steps."""
 import importlib.util
 from pathlib import Path
 
 
 def test_a_short_run():
-    path = Path(__file__).parent.parent / "notebooks" / "findings.py"
+    path = Path(__file__).parent.parent / "scripts" / "findings.py"
     spec = importlib.util.spec_from_file_location("findings", path)
     findings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(findings)

@@ -317,7 +317,7 @@ def test_two_processes_train_together(whole, tmp_path):
       "--test-clips", "1"], "--labels-per-class: got 50"),
     (["--accumulate", "7"], "-batch: got 32, expected a multiple of 7"),
     (["--init", "nowhere"], "nowhere: not a local path"),
-    (["--init", str(HERE / "golden/hf_pretrain_tiny"), "--mask-ratio", "0.01"], "masks 0"),
+    (["--init", str(HERE / "tests/golden/hf_pretrain_tiny"), "--mask-ratio", "0.01"], "masks 0"),
 ])
 def test_wrong_options_stop_the_run_before_it_starts(arguments, message, tmp_path, monkeypatch,
                                                      capsys):
@@ -397,7 +397,7 @@ def test_videos_from_a_folder(main, video_folder, tmp_path, capsys):
 def test_published_weights_are_fine_tuned_on_a_folder(main, video_folder, tmp_path, caplog):
     """--init with a transformers directory keeps its frames and size and adds a new head."""
     main("--data", video_folder, *VIDEOS, "--scratch-steps", 0, "--init",
-         HERE / "golden/hf_pretrain_tiny", name="hf")
+         HERE / "tests/golden/hf_pretrain_tiny", name="hf")
     assert "classifier." in caplog.text and "fc_norm." in caplog.text
     model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "runs/hf/finetuned")
     assert model.config.id2label == {0: "Left", 1: "Zoom In"} and model.config.hidden_size == 48

@@ -1,7 +1,7 @@
 """Draw docs/first.png and docs/results.png, from docs/results.json and the model in
 tiny/pretrained:
 
-    .venv/bin/python docs/draw.py
+    .venv/bin/python scripts/draw.py
 """
 import json
 import sys
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from tiny.report import draw_rows  # noqa: E402
 from tiny.synthetic import TEST_SEED, SyntheticClips  # noqa: E402
 from videomae import VideoMAEForPreTraining, random_mask  # noqa: E402
@@ -64,7 +64,7 @@ def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
 
 def draw_first_picture(results: dict) -> Figure:
     """A reconstruction and the results of `make train`, for the top of README."""
-    model = VideoMAEForPreTraining.from_pretrained(DOCS.parent / "tiny/pretrained")
+    model = VideoMAEForPreTraining.from_pretrained(ROOT / "tiny/pretrained")
     clips = SyntheticClips(32, model.config, TEST_SEED)
     figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
@@ -106,6 +106,6 @@ def draw_results(results: dict) -> Figure:
 
 
 if __name__ == "__main__":
-    results = json.loads((DOCS / "results.json").read_text())
-    draw_first_picture(results).savefig(DOCS / "first.png")
-    draw_results(results["ucf101"]).savefig(DOCS / "results.png")
+    results = json.loads((ROOT / "docs" / "results.json").read_text())
+    draw_first_picture(results).savefig(ROOT / "docs" / "first.png")
+    draw_results(results["ucf101"]).savefig(ROOT / "docs" / "results.png")

@@ -1,8 +1,8 @@
 """Test the paper's claims on synthetic clips, for 02_findings.ipynb.
 
-    python notebooks/findings.py                    every run missing from findings.json
-    python notebooks/findings.py "mask" --seeds 0   one experiment, one seed
-    python notebooks/findings.py --list             the experiments and their numbers of runs
+    python scripts/findings.py                    every run missing from findings.json
+    python scripts/findings.py "mask" --seeds 0   one experiment, one seed
+    python scripts/findings.py --list             the experiments and their numbers of runs
 
 A run pretrains (or, with 0 steps, trains from scratch), fine-tunes on 2 labels per class and tests
 on 1,024 held-out clips, in two to three minutes on one core. EXPERIMENTS lists what varies, BASE
