@@ -159,17 +159,15 @@ def test_pretraining_equals_transformers(name):
     check_same_model(f"pretraining, {name}", ours, theirs, inputs)
 
 
-@pytest.mark.parametrize("name, num_labels", [
-    *((name, 5) for name in CONFIGS if name != "ViT-B"), ("small", 1)])
-def test_classifier_equals_transformers(name, num_labels):
-    """Classify five labels, and regress one. To save time, a ViT takes only 8 frames."""
-    fields = dict(num_labels=num_labels) | (dict(num_frames=8) if name.startswith("ViT") else {})
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "ViT-B"])
+def test_classifier_equals_transformers(name):
+    """To save time, a ViT takes only 8 frames."""
+    fields = dict(num_labels=5) | (dict(num_frames=8) if name.startswith("ViT") else {})
     ours = VideoMAEForVideoClassification(VideoMAEConfig(**CONFIGS[name] | fields))
     theirs = their_model(name, "VideoMAEForVideoClassification", **fields)
     clip, _ = clip_and_mask(ours.config)
-    labels = torch.tensor([0.3, -2.0]) if num_labels == 1 else torch.tensor([1, 2])[: len(clip)]
-    inputs = dict(pixel_values=clip, labels=labels)
-    check_same_model(f"classifier, {name}, {num_labels} labels", ours, theirs, inputs)
+    inputs = dict(pixel_values=clip, labels=torch.tensor([1, 2])[: len(clip)])
+    check_same_model(f"classifier, {name}", ours, theirs, inputs)
 
 
 @pytest.mark.parametrize("name, masked", [("small", True), ("wide", False), ("one channel", True)])
@@ -459,11 +457,9 @@ def test_outputs_omit_missing_fields():
     clip, _ = clip_and_mask(model.config)
     plain = model(clip)
     assert plain[0] is plain.logits and plain.loss is None and plain.attentions is None
-    labelled = model(clip, labels=[0, 1], output_hidden_states=True)
+    labelled = model(clip, labels=torch.tensor([0, 1]), output_hidden_states=True)
     assert labelled._fields == ("loss", "logits", "hidden_states")
-    for labels in (torch.tensor([[0], [1]]), torch.tensor([0, 1], dtype=torch.uint8)):
-        assert torch.equal(model(clip, labels=labels).loss, labelled.loss)
-    skipped = model(clip, labels=[-100, 1]).loss
+    skipped = model(clip, labels=torch.tensor([-100, 1])).loss
     assert torch.allclose(skipped, F.cross_entropy(plain.logits[1:], torch.tensor([1])))
 
     model.config.extra = dict(output_attentions=True, return_dict=False)
@@ -472,38 +468,53 @@ def test_outputs_omit_missing_fields():
     assert model(clip, output_attentions=False, return_dict=True)._fields == ("logits",)
 
 
-def test_options_that_need_weights_refuse_an_overridden_attention():
-    """Overridden by class or instance, its weights are unknown, so a head mask would do nothing."""
-    clip, _ = clip_and_mask(VideoMAEConfig(**SMALL))
+def without_scale(self, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
-    class Uniform(videomae.Attention):
-        def attend(self, q, k, v):
-            return v.mean(dim=2, keepdim=True).expand_as(v)
 
+def no_self_attention(self, q, k, v):
+    keep = ~torch.eye(q.shape[2], dtype=torch.bool)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+@pytest.mark.parametrize("attend", [without_scale, no_self_attention])
+@pytest.mark.parametrize("how", ["in place", "by class", "by instance"])
+def test_weights_of_a_changed_attention_are_refused(how, attend, monkeypatch):
+    """However `attend` was changed, the weights written out beside it would be wrong."""
+    model = VideoMAEModel(VideoMAEConfig(**SMALL)).eval()
+    clip, _ = clip_and_mask(model.config)
+    attention = model.encoder.blocks[1].attn
+    if how == "in place":  # as if somebody edited the file
+        monkeypatch.setattr(videomae.Attention, "attend", attend)
+    elif how == "by class":
+        attention.__class__ = type("Changed", (videomae.Attention,), {"attend": attend})
+    else:
+        attention.attend = partial(attend, attention)
+    before = model(clip)[0]
+    for options in (dict(output_attentions=True), dict(head_mask=torch.zeros(3))):
+        with pytest.raises(TypeError, match="head_mask, output_attentions: got"):
+            model(clip, **options)
+    assert len(model(clip, output_hidden_states=True).hidden_states) == 4
+    assert torch.equal(model(clip)[0], before), "options do not outlast their call"
+
+
+def test_weights_are_given_in_training_with_dropout():
+    model = VideoMAEModel(VideoMAEConfig(**SMALL, attention_probs_dropout_prob=0.5))
+    clip, _ = clip_and_mask(model.config)
+    weights = model(clip, output_attentions=True).attentions[0]
+    assert (weights == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_block_without_attention_has_no_weights():
     class Silent(videomae.Block):
         def forward(self, x):
             return x + self.mlp(self.norm2(x))
 
-    def changed(kind):
-        model = VideoMAEModel(VideoMAEConfig(**SMALL)).eval()
-        block = model.encoder.blocks[1]
-        if kind == "instance":
-            model.encoder = WithinTimeSteps(model.config)
-        elif kind == "attention":
-            block.attn.__class__ = Uniform
-        else:
-            block.__class__ = Silent
-        return model
-
-    for kind in ("instance", "attention", "block"):
-        model = changed(kind)
-        before = model(clip)[0]
-        for options in (dict(output_attentions=True), dict(head_mask=torch.zeros(3))):
-            with pytest.raises(TypeError, match="head_mask, output_.*: got an overridden"):
-                model(clip, **options)
-        assert len(model(clip, output_hidden_states=True).hidden_states) == 4
-        assert torch.equal(model(clip)[0], before), "options do not outlast their call"
-
+    model = VideoMAEModel(VideoMAEConfig(**SMALL)).eval()
+    clip, _ = clip_and_mask(model.config)
+    model.encoder.blocks[1].__class__ = Silent
+    with pytest.raises(TypeError, match="got 2 attentions"):
+        model(clip, output_attentions=True)
     model.encoder = EncoderWithCLS(model.config)
     assert model(clip, output_hidden_states=True).hidden_states[0].shape == (2, 65, 48)
 
@@ -563,14 +574,15 @@ def test_models_refuse_wrong_inputs():
     uneven[0, mask[0].nonzero()[0, 0]], uneven[1, (~mask[1]).nonzero()[0, 0]] = False, True
     cases = [
         (clip.to(torch.uint8), mask, "pixel_values: got torch.uint8"),
-        (clip.numpy(), mask, "pixel_values: got float32, expected a float tensor"),
+        (clip.numpy(), mask, "pixel_values: got float32"),
         (clip.tolist(), mask, "pixel_values: got list"),
         *((wrong, mask, "pixel_values: got shape") for wrong in
           (clip.transpose(1, 2), clip[:, :, :1], clip[:, :6], clip[..., :24], clip[0], clip[:0])),
         (clip, mask.int(), "bool_masked_pos: got torch.int32"),
-        (clip, mask[:1], r"bool_masked_pos: got shape \(1, 64\), expected \(2, 64\)"),
-        (clip, mask.repeat(1, 2), r"bool_masked_pos: got shape \(2, 128\), expected \(2, 64\)"),
-        (clip, mask[0], r"bool_masked_pos: got shape \(64,\), expected"),
+        (clip, mask[:1], r"bool_masked_pos: got .* \(1, 64\)"),
+        (clip, mask.repeat(1, 2), r"bool_masked_pos: got .* \(2, 128\)"),
+        (clip, mask[0], r"bool_masked_pos: got .* \(64,\)"),
+        (clip.double(), mask, "pixel_values: got torch.float64"),
         (clip, uneven, r"bool_masked_pos: got \[47, 49\] masked patches"),
         (clip, torch.ones_like(mask), r"bool_masked_pos: got \[64, 64\] masked patches"),
         (clip, torch.zeros_like(mask), r"bool_masked_pos: got \[0, 0\] masked patches"),
@@ -580,23 +592,18 @@ def test_models_refuse_wrong_inputs():
             with pytest.raises((TypeError, ValueError), match=message):
                 module(pixel_values, bool_masked_pos)
     classifier = VideoMAEForVideoClassification(config)
-    regression = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL, num_labels=1))
-    floats, frames = torch.zeros(2), torch.zeros(8, 40, 50, 3, dtype=torch.uint8)
-    grey = VideoMAEConfig(**SMALL, num_channels=1)
+    frames = torch.zeros(8, 40, 50, 3, dtype=torch.uint8)
     cases = [
-        (lambda: model(clip, None), "bool_masked_pos: got None"),
         (lambda: model(clip, mask, head_mask=torch.ones(2)), r"head_mask: got shape \(2,\)"),
         (lambda: model(clip, mask, interpolate=True), "keyword argument 'interpolate'"),
-        (lambda: classifier(clip, labels=floats), "labels: got torch.float32"),
-        (lambda: classifier(clip, labels=floats[:1].long()), r"labels: got .* of shape \(1,\)"),
-        (lambda: classifier(clip, labels=[0, 2]), "labels: got 2, expected less than 2"),
-        (lambda: regression(clip, labels=floats.long()), "labels: got torch.int64 .* regression"),
+        (lambda: classifier.half()(clip), "pixel_values: got torch.float32"),
+        (lambda: VideoMAEConfig(num_labels=1), "num_labels: got 1"),
+        (lambda: VideoMAEConfig(extra=dict(problem_type="regression")), "problem_type: got"),
         (lambda: normalize(clip), "frames: got torch.float32"),
         (lambda: preprocess(frames.float(), config), "frames: got torch.float32"),
         (lambda: preprocess(frames[0], config), r"frames: got .* shape \(40, 50, 3\)"),
         (lambda: preprocess(frames[..., :1], config), r"frames: got .* shape \(8, 40, 50, 1\)"),
-        (lambda: preprocess(frames[:, :3], config), "frames: got .* expected uint8"),
-        (lambda: preprocess(frames, grey), "num_channels: got 1"),
+        (lambda: preprocess(frames[:, :3], config), "frames: got"),
         (lambda: random_mask("checkerboard", 2, config.grid, 0.75), "kind: got 'checkerboard'"),
         (lambda: VideoMAEConfig.preset("giant2"), "preset: got 'giant2', expected one of small"),
     ]

@@ -7,21 +7,15 @@ patches of 2 x 16 x 16 pixels: 8 time steps of 14 x 14 spatial positions. A tube
 masks 176 of the 196 spatial positions, the same at every time step. The 160 visible patches enter
 the encoder, and the 1,408 masked ones are predicted, each 2 * 16 * 16 * 3 = 1,536 values.
 
-    import torch
-    from videomae import VideoMAEConfig, VideoMAEForPreTraining, random_mask
-
     config = VideoMAEConfig.preset("base")
-    model = VideoMAEForPreTraining(config)
-    clips = torch.randn(2, 16, 3, 224, 224)  # or torch.stack of `preprocess` outputs
-    mask = random_mask("tube", len(clips), config.grid, mask_ratio=0.9)  # (2, 1568), True = masked
-    loss = model(clips, mask).loss
-    loss.backward()
+    mask = random_mask("tube", 2, config.grid, mask_ratio=0.9)  # (2, 1568), True = masked
+    loss = VideoMAEForPreTraining(config)(torch.randn(2, 16, 3, 224, 224), mask).loss
 
-Part one is the method, to be read from top to bottom, in the order in which data flows. Part two
-is everything else. To change the method, edit `random_mask` for the mask, `autoencode` for the
-loss, `Attention.attend` for attention, and `VideoMAEForPreTraining.target` for the prediction
-target (and the decoder's `head` if the target's width changes). Shapes use these letters; () is a
-scalar:
+Part one is the method, in the order in which data flows. Part two is everything else; the names
+that part one takes from it (such as `check_inputs`) are details. To change the method, edit
+`random_mask` for the mask, `autoencode` for the loss, `Attention.attend` for attention, and
+`VideoMAEForPreTraining.target` for a prediction target that depends on each patch alone (and the
+decoder's `head` if the target's width changes). Shapes use these letters; () is a scalar:
 
     B            clips in a batch
     T, C, H, W   frames, channels, rows and columns of pixels
@@ -36,7 +30,7 @@ References (this file's repository tests outputs against 2 and 3, and gradients 
 2. the authors' code, https://github.com/MCG-NJU/VideoMAE
 3. transformers 5.23, models/videomae, whose class, argument and output names this file uses
 
-Part of videomae-minimal 0.2, MIT License. You can copy this file on its own; it needs only torch,
+Part of videomae-minimal 0.3, MIT License. You can copy this file on its own; it needs only torch,
 numpy and einops. To load published weights, copy checkpoints.py as well.
 """
 import copy
@@ -54,6 +48,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+CHECKPOINTS = f"{__package__ or ''}.checkpoints".lstrip(".")  # beside this file
+
 # ==== Part one: the method =======================================================================
 
 # ---- Config -------------------------------------------------------------------------------------
@@ -61,7 +57,7 @@ from torch import Tensor, nn
 @dataclass
 class VideoMAEConfig:
     """Model hyperparameters, with the names and defaults of transformers (ViT-B, 16 x 224 x 224).
-    `VideoMAEConfig.preset("small")` gives a named size with the authors' settings; see PRESETS."""
+    `VideoMAEConfig.preset("small")` gives a named size; see PRESETS."""
 
     image_size: int | tuple[int, int] = 224  # a square, or (height, width)
     patch_size: int = 16
@@ -77,7 +73,7 @@ class VideoMAEConfig:
     decoder_num_attention_heads: int = 6
     decoder_intermediate_size: int = 1536
     norm_pix_loss: bool = True  # normalize target patches; see VideoMAEForPreTraining.target
-    use_mean_pooling: bool = True  # False to pretrain; see the table in VideoMAEEncoder
+    use_mean_pooling: bool = True  # classify the tokens' mean; False to pretrain, see the encoder
     num_labels: int | None = None  # by default len(id2label), or 2 without it
     id2label: dict[int, str] | None = None  # LABEL_0, LABEL_1, ... by default
 
@@ -87,8 +83,8 @@ class VideoMAEConfig:
     attention_probs_dropout_prob: float = 0.0
     drop_path_rate: float = 0.0  # of the last block; rises linearly from 0
     initializer_range: float = 0.02  # std of mask token (truncated at one std) and classifier
-    layer_norm_eps: float = 1e-12  # the authors use 1e-6 everywhere
-    head_norm_eps: float = 1e-5  # of fc_norm and the decoder's norm; PyTorch's default
+    layer_norm_eps: float = 1e-12  # transformers' default; the authors and the presets use 1e-6
+    head_norm_eps: float = 1e-5  # of fc_norm and the decoder's norm, as in transformers
     qv_bias: bool = True  # queries and values have a bias
     position_embedding: str = "sinusoid"  # as published; "separable" suits small models better
     position_grid: tuple[int, int, int] | None = None  # interpolate positions from this grid
@@ -125,32 +121,24 @@ class VideoMAEConfig:
         """Values in a patch, P * C; 1,536 by default."""
         return self.tubelet_size * self.patch_size**2 * self.num_channels
 
-    @property
-    def label2id(self) -> dict[str, int]:
-        """The inverse of id2label."""
-        return {name: i for i, name in self.id2label.items()}
-
 
 class VideoMAEPreTrainedModel(nn.Module):
-    """Conveniences from transformers, which the method does not need."""
+    """Loads and saves as transformers' models do, by way of checkpoints.py beside this file."""
 
     accepts_loss_kwargs = False  # otherwise Trainer would pass num_items_in_batch to `forward`
+    device = property(lambda self: next(self.parameters()).device)
+    dtype = property(lambda self: next(self.parameters()).dtype)
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
         self.config = config
 
-    device = property(lambda self: next(self.parameters()).device)
-    dtype = property(lambda self: next(self.parameters()).dtype)
-
     @classmethod
     def from_pretrained(cls, source, **options):
-        """Load a checkpoint -> a model in evaluation mode; see checkpoints.load_model."""
-        return import_checkpoints().load_model(cls, source, **options)
+        return import_module(CHECKPOINTS).load_model(cls, source, **options)
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, readable by transformers. Never overwrites."""
-        import_checkpoints().save_model(self, directory)
+        import_module(CHECKPOINTS).save_model(self, directory)
 
 
 # ---- Preprocessing: frames of a video -> pixel_values -------------------------------------------
@@ -159,25 +147,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]; the published checkpoint
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def frame_indices(total: int, num_frames: int = 16, stride: int = 4, start: float = 0.5) -> Tensor:
-    """Pick num_frames of a video's `total` frames, `stride` apart -> (num_frames,) int64. start:
-    from 0 (earliest) to 1 (latest), random in training. Short videos repeat their last frame."""
-    latest = max(0, total - 1 - (num_frames - 1) * stride)
-    index = round(start * latest) + stride * torch.arange(num_frames)
-    return index.clamp(max=total - 1)
-
-
 def preprocess(frames, config: VideoMAEConfig) -> Tensor:
     """A clip's uint8 frames, of any size -> pixel_values (T, 3, H, W) float32.
 
     frames: (T, H, W, 3) or (T, 3, H, W), as a list, an array or a tensor. They are resized to just
     cover the model's input, centre-cropped and normalized."""
-    frames = check_frames(frames, config)  # (T, 3, H, W) uint8
+    frames = check_frames(frames)  # (T, 3, h, w) uint8
     (h, w), (height, width) = frames.shape[-2:], config.image_hw
-    if height * w >= width * h:  # frames are wider than the input: match the height
-        frames = resize(frames, height, int(height * w / h))
-    else:
-        frames = resize(frames, int(width * h / w), width)
+    # One side fits exactly. The other is longer, and rounded down, as in transformers.
+    frames = resize(frames, max(height, width * h // w), max(width, height * w // h))
     top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
     return normalize(frames[..., top : top + height, left : left + width])
 
@@ -225,16 +203,19 @@ def random_mask(kind: str, batch_size: int, grid: tuple[int, int, int],
     ("tube"); of all N patches ("random"); or of the T' time steps ("frame"). Counts are rounded
     down. "tube" is the authors' masking_generator.py; the paper compares the three."""
     time, space = grid[0], grid[1] * grid[2]
-    # The shape of the random draw; an axis of length 1 is shared by all time steps or positions.
-    drawn = {"tube": (1, space), "random": (time, space), "frame": (time, 1)}
-    check_choice("kind", kind, drawn)
-    num_drawn = math.prod(drawn[kind])
+    shapes = {
+        "tube": (1, space),  # drawn once per spatial position, repeated over time
+        "random": (time, space),  # drawn for each patch
+        "frame": (time, 1),  # drawn once per time step, repeated over space
+    }
+    check_choice("kind", kind, shapes)
+    num_drawn = math.prod(shapes[kind])
     num_masked = int(mask_ratio * num_drawn)
     if not 0 < num_masked < num_drawn:
         raise ValueError(f"mask_ratio: {mask_ratio} masks {num_masked} of {num_drawn} ({kind} mask)"
                          ", expected at least one masked and one visible")
     scores = torch.rand(batch_size, num_drawn, device="cpu")
-    mask = mask_highest(scores, num_masked).view(batch_size, *drawn[kind])
+    mask = mask_highest(scores, num_masked).view(batch_size, *shapes[kind])
     return mask.expand(batch_size, time, space).flatten(1)
 
 
@@ -246,14 +227,20 @@ def mask_highest(scores: Tensor, num_masked: int) -> Tensor:
 
 def split_mask(bool_masked_pos: Tensor, device=None) -> tuple[Tensor, Tensor]:
     """(B, N) bool -> indices (B, N_vis) of visible and (B, N_mask) of masked patches, increasing.
-    A pair of indices stays as it is: to predict only some of the masked patches, leave out others.
-    Keep masks on the CPU: reading their count from a GPU forces a synchronization."""
+    Each clip must have the same counts, or its tokens could not be stacked with the others'.
+
+    A pair of indices passes through: to predict fewer patches, shorten the second. Keep masks on
+    the CPU: reading their count from a GPU forces a synchronization."""
     if isinstance(bool_masked_pos, tuple):
         return bool_masked_pos
-    mask, num_masked = check_mask(bool_masked_pos)
+    mask = torch.as_tensor(bool_masked_pos)
+    counts = mask.sum(dim=1).tolist()
+    if min(counts) != max(counts) or counts[0] in (0, mask.shape[1]):
+        raise ValueError(f"bool_masked_pos: got {counts} masked patches, expected the same number "
+                         "in each clip, at least one but not all")
     order = mask.byte().argsort(dim=1, stable=True)  # stable: increasing within each part
     order = order.to(device or mask.device, non_blocking=True)
-    return order[:, :-num_masked], order[:, -num_masked:]
+    return order[:, : -counts[0]], order[:, -counts[0] :]
 
 
 # ---- Positions: fixed, not learned, not in the checkpoints --------------------------------------
@@ -269,7 +256,7 @@ def position_table(config: VideoMAEConfig, dim: int) -> Tensor:
     """(N, dim) float32, a vector for each patch: by default one sinusoid over the flattened (time
     step, row, column) index, where the same position one time step later is H'W' further on."""
     if config.position_embedding == "separable" or config.position_grid:
-        return other_positions(config, dim)
+        return adapted_positions(config, dim)
     return sinusoid(config.num_patches, dim).float()
 
 
@@ -288,18 +275,18 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if config.qv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, wanted: slice = slice(None)) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens, which still attend to all M."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, D) -> (B, M, D)."""
         qkv = self.qkv(x)  # (B, M, 3 D)
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             qkv += bias.to(qkv.dtype)  # adding float32 to autocast's float16 is slow
         q, k, v = rearrange(qkv, "b m (n heads d) -> n b heads m d", n=3, heads=self.num_heads)
-        x = self.attend(q[:, :, wanted], k, v)
+        x = self.attend(q, k, v)
         return self.proj(rearrange(x, "b heads m d -> b m (heads d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, heads, wanted, D / heads), k and v (B, heads, M, D / heads) -> q's shape."""
+        """q, k, v (B, heads, M, D / heads) -> the same shape."""
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
@@ -328,9 +315,9 @@ class Block(nn.Module):
         self.mlp = MLP(dim, hidden_dim, config)
         self.drop = Drop(config.hidden_dropout_prob, drop_path)  # skips a branch for some clips
 
-    def forward(self, x: Tensor, wanted: slice = slice(None)) -> Tensor:
-        """(B, M, D) -> (B, M, D), or only the wanted tokens, as in the decoder's last block."""
-        x = x[:, wanted] + self.drop(self.attn(self.norm1(x), wanted))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, M, D) -> (B, M, D)."""
+        x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -361,6 +348,7 @@ class VideoMAEEncoder(nn.Module):
 
     def forward(self, patches: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
         """patches (B, M, P, C), index (B, M) of their positions, by default all N -> (B, M, D)."""
+        # positions[index] is (B, M, D): each patch keeps the position that it has in the clip.
         x = self.patch_embed(patches.flatten(2)) + self.positions[index]
         for block in self.blocks:
             x = block(x)
@@ -370,8 +358,9 @@ class VideoMAEEncoder(nn.Module):
 # ---- Decoder: discarded after pretraining -------------------------------------------------------
 
 class VideoMAEDecoder(nn.Module):
-    """Predicts masked patches from visible ones. Narrow and shallow, as it processes all N tokens.
-    They are not put back in order, since each carries its position and attention ignores order."""
+    """Predicts masked patches, all or any subset of them, from the visible ones. Narrow and
+    shallow, as it processes all tokens. They are not put back in order, since each carries its
+    position and attention ignores order."""
 
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
@@ -389,14 +378,12 @@ class VideoMAEDecoder(nn.Module):
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """encoded (B, N_vis, D), indices (B, N_vis) and (B, N_mask) -> (B, N_mask, P * C)."""
-        num_masked = masked.shape[1]
-        mask_tokens = self.mask_token.expand(len(masked), num_masked, -1)
+        mask_tokens = self.mask_token.expand(*masked.shape, -1)
         x = torch.cat([self.encoder_to_decoder(encoded), mask_tokens], dim=1)  # (B, N, D_dec)
         x = x + self.positions[torch.cat([visible, masked], dim=1)]
-        *blocks, last_block = self.blocks
-        for block in blocks:
+        for block in self.blocks:
             x = block(x)
-        x = last_block(x, wanted=slice(-num_masked, None))  # (B, N_mask, D_dec); the rest is unused
+        x = x[:, -masked.shape[1]:]  # (B, N_mask, D_dec)
         return self.head(self.norm(x))
 
 
@@ -413,8 +400,7 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
         self.videomae = VideoMAEModel(config)  # transformers' name for the encoder's wrapper
         self.decoder = VideoMAEDecoder(config)
 
-    def autoencode(self, pixel_values: Tensor, visible: Tensor,
-                   masked: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, pixel_values: Tensor, visible: Tensor, masked: Tensor) -> tuple:
         """clips (B, T, C, H, W), indices (B, N_vis) of visible and (B, N_mask) of masked patches ->
         loss (), predicted patches (B, N_mask, P * C). Shapes below: ViT-B at mask ratio 0.9.
         torch.compile(model.autoencode, fullgraph=True) works."""
@@ -428,8 +414,8 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     @torch.no_grad()
     def target(self, patches: Tensor) -> Tensor:
         """What to predict: patches (B, M, P, C) -> (B, M, P * C). With norm_pix_loss, pixels are
-        normalized per patch and per channel, so that the model predicts structure, not brightness
-        (as in the paper, following MAE). Without it, they are scaled to [0, 1]."""
+        normalized per patch and per channel, as in the authors' code, so that the model predicts
+        structure, not brightness. Without it, RGB pixels go back to [0, 1]."""
         patches = patches.float()
         if not self.config.norm_pix_loss:
             return denormalize(patches).flatten(2)
@@ -439,18 +425,20 @@ class VideoMAEForPreTraining(VideoMAEPreTrainedModel):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor, **options) -> tuple:
         """pixel_values (B, T, C, H, W) float, normalized with ImageNet's mean and std;
         bool_masked_pos (B, N) bool, True = masked, the same count in each clip -> loss (), and
-        logits (B, N_mask, P * C), in increasing order of position. options: see Look."""
-        look = Look(self.config, **options)
-        check_inputs(self.config, pixel_values, bool_masked_pos)
+        logits (B, N_mask, P * C): the predicted pixels, in increasing order of position. options:
+        see Recorder."""
+        recorder = Recorder(self.config, **options)
+        check_inputs(self, pixel_values, bool_masked_pos)
         visible, masked = split_mask(bool_masked_pos, pixel_values.device)
-        loss, logits = look.at(self).autoencode(pixel_values, visible, masked)
-        return look.output(loss=loss, logits=logits)
+        loss, logits = recorder.watch(self).autoencode(pixel_values, visible, masked)
+        return recorder.output(loss=loss, logits=logits)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """patches (B, M, P, C) -> mean and std, per patch and per channel, (B, M, 1, C). Source: the
     authors' engine_for_pretraining.py."""
-    # The authors add 1e-6 to the std of pixels in [0, 1]; ours are already divided by IMAGENET_STD.
+    # The authors add 1e-6 to the std of pixels in [0, 1]. Ours are divided by IMAGENET_STD already;
+    # with the 1e-6 divided likewise, the target equals theirs.
     eps = 1e-6 / patches.new_tensor(IMAGENET_STD) if patches.shape[-1] == 3 else 1e-6
     mean = patches.mean(dim=2, keepdim=True)
     # Unbiased, as published; torch.var_mean is several times slower along dim 2.
@@ -476,17 +464,18 @@ class VideoMAEForVideoClassification(VideoMAEPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **options) -> tuple:
         """pixel_values (B, T, C, H, W) float, normalized -> logits (B, num_labels). With labels
-        (B,), class indices, also their cross-entropy as loss (). options: see Look."""
-        look = Look(self.config, **options)
-        check_inputs(self.config, pixel_values)
-        x = look.at(self).videomae.encoder(patchify(pixel_values, self.config))  # (B, N, D)
+        (B,) int64, also their cross-entropy as loss (). options: see Recorder."""
+        recorder = Recorder(self.config, **options)
+        check_inputs(self, pixel_values)
+        patches = patchify(pixel_values, self.config)
+        x = recorder.watch(self).videomae.encoder(patches)  # (B, N, D)
         if self.fc_norm is not None:
             x = self.fc_norm(x.mean(dim=1))  # (B, D)
         else:
             x = x[:, 0]  # VideoMAE has no [CLS] token; as published, use the first patch's
         logits = self.classifier(x)
-        loss = None if labels is None else classification_loss(logits, labels)
-        return look.output(loss=loss, logits=logits)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return recorder.output(loss=loss, logits=logits)
 
 
 # ---- The method ends here ----------------------------------------------------------------------
@@ -539,18 +528,14 @@ class Drop(nn.Module):
 
     def __init__(self, dropout: float, drop_path: float):
         super().__init__()
-        self.dropout, self.drop_path = nn.Dropout(dropout), drop_path
+        self.dropout, self.drop_path = nn.Dropout(dropout), nn.Dropout(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) -> (B, M, D)."""
-        x = self.dropout(x)
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path)
-        return x * keep / (1 - self.drop_path)
+        return self.dropout(x) * self.drop_path(torch.ones_like(x[:, :1, :1]))
 
 
-def other_positions(config: VideoMAEConfig, dim: int) -> Tensor:
+def adapted_positions(config: VideoMAEConfig, dim: int) -> Tensor:
     """(N, dim) float32: positions interpolated from another grid; or "separable" ones, which give
     time, row and column a third of the width each, so adjacent patches share two thirds."""
     t, h, w = config.position_grid or config.grid
@@ -568,6 +553,16 @@ def other_positions(config: VideoMAEConfig, dim: int) -> Tensor:
     return rearrange(table, "1 d t h w -> (t h w) d").float()
 
 
+# ---- Frames of a video --------------------------------------------------------------------------
+
+def frame_indices(total: int, num_frames: int = 16, stride: int = 4, start: float = 0.5) -> Tensor:
+    """Pick num_frames of a video's `total` frames, `stride` apart -> (num_frames,) int64. start:
+    from 0 (earliest) to 1 (latest), random in training. Short videos repeat their last frame."""
+    latest = max(0, total - 1 - (num_frames - 1) * stride)
+    index = round(start * latest) + stride * torch.arange(num_frames)
+    return index.clamp(max=total - 1)
+
+
 # ---- Checks, which raise ValueError or TypeError ------------------------------------------------
 
 def check_choice(name: str, value, allowed):
@@ -577,7 +572,7 @@ def check_choice(name: str, value, allowed):
 
 
 def check_config(config: VideoMAEConfig):
-    """Validate a config's fields, and derive num_labels and id2label from each other."""
+    """Validate a config's fields, and derive num_labels, id2label and label2id."""
     height, width = config.image_hw
     for name, size, divisor in (
         ("image_size", height, "patch_size"),
@@ -592,6 +587,8 @@ def check_config(config: VideoMAEConfig):
     check_choice("position_embedding", config.position_embedding, ("sinusoid", "separable"))
     if not callable(config.hidden_act):
         check_choice("hidden_act", config.hidden_act, ACTIVATIONS)
+    problem = config.extra.get("problem_type") or "single_label_classification"
+    check_choice("problem_type", problem, ("single_label_classification",))
     if not config.initializer_range > 0:
         raise ValueError(f"initializer_range: got {config.initializer_range}, expected more than 0")
     if config.norm_pix_loss and config.tubelet_size * config.patch_size**2 == 1:
@@ -604,10 +601,12 @@ def check_config(config: VideoMAEConfig):
         names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
     if len(names) != config.num_labels:
         raise ValueError(f"num_labels: got {config.num_labels}, but id2label has {len(names)}")
-    config.id2label = names
+    if len(names) < 2:
+        raise ValueError("num_labels: got 1 (regression), expected at least 2 classes")
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
 
 
-def check_frames(frames, config: VideoMAEConfig) -> Tensor:
+def check_frames(frames) -> Tensor:
     """Frames in any form that `preprocess` accepts -> (T, 3, H, W) uint8."""
     if not isinstance(frames, Tensor):
         frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
@@ -616,58 +615,27 @@ def check_frames(frames, config: VideoMAEConfig) -> Tensor:
     if not is_video or frames.dtype != torch.uint8:
         raise ValueError(f"frames: got {frames.dtype} of shape {tuple(frames.shape)}, expected "
                          "uint8 (T, H, W, 3) or (T, 3, H, W)")
-    if config.num_channels != 3:
-        raise ValueError(f"num_channels: got {config.num_channels}, expected 3, as frames are RGB")
-    return rearrange(frames, "t h w c -> t c h w") if channels_last else frames
+    return frames.movedim(-1, 1) if channels_last else frames
 
 
-def check_inputs(config: VideoMAEConfig, pixel_values: Tensor, bool_masked_pos=None):
-    """Raise unless clips are float (B, T, C, H, W) of the config's sizes and any mask is (B, N)."""
+def check_inputs(model: VideoMAEPreTrainedModel, pixel_values: Tensor, bool_masked_pos=None):
+    """Raise unless clips (B, T, C, H, W) and masks (B, N) fit the model. See also split_mask."""
+    config, dtype = model.config, next(model.parameters()).dtype
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        dtype = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        raise TypeError(f"pixel_values: got {dtype}, expected a float tensor; see `preprocess`")
+        got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+        raise TypeError(f"pixel_values: got {got}, expected a float tensor; see `preprocess`")
+    if pixel_values.dtype != dtype and not torch.is_autocast_enabled(pixel_values.device.type):
+        raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {dtype}, as the model's")
     shape = (config.num_frames, config.num_channels, *config.image_hw)
     if tuple(pixel_values.shape[1:]) != shape or pixel_values.shape[0] == 0:
         raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, expected (batch, "
                          f"{', '.join(map(str, shape))})")
-    if bool_masked_pos is not None and not isinstance(bool_masked_pos, tuple):
-        got, expected = np.shape(bool_masked_pos), (len(pixel_values), config.num_patches)
-        if got != expected:
-            raise ValueError(f"bool_masked_pos: got shape {(*got,)}, expected {expected}")
-
-
-def check_mask(mask) -> tuple[Tensor, int]:
-    """(B, N) bools, as a tensor, an array or lists -> a tensor, and the number masked per clip."""
-    expected = ("expected bool (batch, patches) with the same number masked in each clip, at least "
-                "one but not all")
-    if mask is None:
-        raise TypeError(f"bool_masked_pos: got None, {expected}")
-    mask = torch.as_tensor(mask)
-    if mask.dtype is not torch.bool or mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"bool_masked_pos: got {mask.dtype} of shape {(*mask.shape,)}, {expected}")
-    counts = mask.sum(dim=1).tolist()
-    if len(set(counts)) > 1 or counts[0] in (0, mask.shape[1]):
-        raise ValueError(f"bool_masked_pos: got {counts} masked patches, {expected}")
-    return mask, counts[0]
-
-
-# ---- Classification loss ------------------------------------------------------------------------
-
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (B, num_labels), labels (B,) class indices -> cross-entropy (), which skips labels of
-    -100; or, if num_labels is 1, labels (B,) floats -> mean squared error ()."""
-    labels = torch.as_tensor(labels, device=logits.device)
-    is_regression = logits.shape[1] == 1
-    if labels.numel() != len(logits) or labels.is_floating_point() != is_regression:
-        kind = "floats (num_labels is 1: regression)" if is_regression else "class indices"
-        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected "
-                         f"{kind} of shape ({len(logits)},)")
-    if is_regression:
-        return F.mse_loss(logits[:, 0], labels.flatten())
-    is_readable = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_readable and labels.max() >= logits.shape[1]:  # a GPU would have to synchronize
-        raise ValueError(f"labels: got {labels.max()}, expected less than {logits.shape[1]}")
-    return F.cross_entropy(logits, labels.flatten().long())
+    if bool_masked_pos is None or isinstance(bool_masked_pos, tuple):  # a pair of indices
+        return
+    mask, expected = torch.as_tensor(bool_masked_pos), (len(pixel_values), config.num_patches)
+    if mask.dtype != torch.bool or mask.shape != expected:
+        raise ValueError(f"bool_masked_pos: got {mask.dtype} of shape {tuple(mask.shape)}, "
+                         f"expected bool {expected}")
 
 
 # ---- The encoder as a model; outputs and options under transformers' names ----------------------
@@ -682,14 +650,15 @@ class VideoMAEModel(VideoMAEPreTrainedModel):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
                 **options) -> tuple:
         """pixel_values (B, T, C, H, W) float, normalized; bool_masked_pos (B, N) bool, True =
-        masked -> last_hidden_state (B, N_vis, D), or (B, N, D) if unmasked. options: see Look."""
-        look = Look(self.config, **options)
-        check_inputs(self.config, pixel_values, bool_masked_pos)
+        masked -> last_hidden_state (B, N_vis, D), or (B, N, D) if all are; see Recorder."""
+        recorder = Recorder(self.config, **options)
+        check_inputs(self, pixel_values, bool_masked_pos)
         patches, index = patchify(pixel_values, self.config), slice(None)  # (B, N, P, C)
         if bool_masked_pos is not None:
             index, _ = split_mask(bool_masked_pos, pixel_values.device)
             patches = take(patches, index)  # (B, N_vis, P, C)
-        return look.output(last_hidden_state=look.at(self).encoder(patches, index))
+        encoded = recorder.watch(self).encoder(patches, index)
+        return recorder.output(last_hidden_state=encoded)
 
 
 def output_type(fields: tuple[str, ...]) -> type:
@@ -709,7 +678,7 @@ OUTPUT_TYPES = {  # created on import, because torch.compile cannot create class
 
 
 @dataclass
-class Look:
+class Recorder:
     """The options of `forward`, as in transformers, and what they record of the encoder."""
 
     config: VideoMAEConfig
@@ -729,19 +698,18 @@ class Look:
                              f"(heads,) or (layers, heads) = {shape}")
         self.needs_weights = bool(self.output_attentions) or self.head_mask is not None
 
-    def at(self, model: VideoMAEPreTrainedModel) -> VideoMAEPreTrainedModel:
+    def watch(self, model: VideoMAEPreTrainedModel) -> VideoMAEPreTrainedModel:
         """The model; or, to look into it, a twin whose blocks record their outputs and whose
         attention is written out. Only this call sees the twin, so threads can share a model."""
         if not self.needs_weights and not self.output_hidden_states:
             return model
         model = twin(model)
-        for block in getattr(model, "videomae", model).encoder.blocks:
+        encoder = getattr(model, "videomae", model).encoder
+        for block in encoder.blocks:
             block.forward = partial(self.record, block.forward)
-            if self.needs_weights:
-                if type(block.attn).attend is not Attention.attend or "attend" in vars(block.attn):
-                    raise TypeError("head_mask, output_attentions: got an overridden `attend`, "
-                                    "whose weights are unknown")
-                block.attn.attend = partial(self.attend, block.attn)
+        for module in encoder.modules() if self.needs_weights else ():
+            if isinstance(module, Attention):
+                module.attend = partial(self.attend, twin(module))
         return model
 
     def record(self, forward: Callable, x: Tensor) -> Tensor:
@@ -751,8 +719,15 @@ class Look:
         return self.hidden_states[-1]
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`Attention.attend`, written out for its weights, which fused kernels hide."""
+        """`attention.attend`, written out for its weights, which fused kernels hide. Refuses an
+        attention that computes something else, because it was changed."""
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        with torch.no_grad():
+            ours, theirs = weights @ v, twin(attention).eval().attend(q, k, v)
+            tolerance = torch.finfo(v.dtype).eps ** 0.5 * v.abs().max()
+            if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance:
+                raise TypeError("head_mask, output_attentions: got an `attend` that is not "
+                                "softmax(q k^T / sqrt(d)) v, whose weights are unknown")
         weights = F.dropout(weights, attention.dropout, attention.training)  # (B, heads, M, M)
         if self.head_mask is not None:
             mask = self.head_mask.to(weights).expand(self.config.num_hidden_layers, -1)
@@ -763,14 +738,15 @@ class Look:
     def output(self, **fields) -> tuple:
         """A model's output: its own fields that are not None, and what else was requested."""
         if self.needs_weights and len(self.attentions) != self.config.num_hidden_layers:
-            raise TypeError("head_mask, output_attentions: got an overridden attention or block")
+            raise TypeError(f"head_mask, output_attentions: got {len(self.attentions)} attentions, "
+                            f"expected one in each of {self.config.num_hidden_layers} blocks")
         if self.output_hidden_states:
             fields["hidden_states"] = tuple(self.hidden_states)
         if self.output_attentions:
             fields["attentions"] = tuple(self.attentions)
-        fields = {field: x for field, x in fields.items() if x is not None}
-        return_dict = self.return_dict is not False
-        return OUTPUT_TYPES[(*fields,)](**fields) if return_dict else tuple(fields.values())
+        fields = {name: x for name, x in fields.items() if x is not None}
+        kind = OUTPUT_TYPES[(*fields,)]._make if self.return_dict is not False else tuple
+        return kind(fields.values())
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -791,10 +767,13 @@ def reconstruct(model: VideoMAEForPreTraining, pixel_values: Tensor, bool_masked
     A norm_pix_loss model predicts neither brightness nor contrast, so its patches borrow the mean
     and std of the true ones. Mention this in captions."""
     config = model.config
-    check_inputs(config, pixel_values, bool_masked_pos)
+    check_inputs(model, pixel_values, bool_masked_pos)
     visible, masked = split_mask(bool_masked_pos, pixel_values.device)
-    patches = patchify(pixel_values.float(), config)  # (B, N, P, C)
-    _, predicted = model.autoencode(pixel_values, visible, masked)  # (B, N_mask, P * C)
+    patches = patchify(pixel_values, config)  # (B, N, P, C)
+    # Not `autoencode`, which may predict fewer patches.
+    encoded = model.videomae.encoder(take(patches, visible), visible)  # (B, N_vis, D)
+    predicted = model.decoder(encoded, visible, masked)  # (B, N_mask, P * C)
+    patches = patches.float()
     predicted = predicted.float().unflatten(2, patches.shape[2:])  # (B, N_mask, P, C)
     if config.norm_pix_loss:
         mean, std = patch_statistics(take(patches, masked))
@@ -820,16 +799,3 @@ def denormalize(patches: Tensor) -> Tensor:
         return patches
     mean, std = patches.new_tensor([IMAGENET_MEAN, IMAGENET_STD])
     return torch.addcmul(mean, patches, std)
-
-
-# ---- Loading and saving -------------------------------------------------------------------------
-
-def import_checkpoints():
-    """Import checkpoints.py, a top-level module or one in the same package as this file."""
-    name = f"{__package__}.checkpoints".lstrip(".")
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ImportError("loading and saving need checkpoints.py beside videomae.py") from error
