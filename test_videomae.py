@@ -640,6 +640,28 @@ def test_seam_mask_by_scores():
     assert model(clip, mask).logits.shape == (2, 48, model.config.patch_dim)
 
 
+def test_seam_predict_some_of_the_masked_patches():
+    """The decoder predicts any subset. Its loss is that of these patches, and a model that always
+    predicts only some can still fill in all of them."""
+    class EverySecond(VideoMAEForPreTraining):
+        def autoencode(self, pixel_values, visible, masked):
+            return super().autoencode(pixel_values, visible, masked[:, ::2])
+
+    model = EverySecond(VideoMAEConfig(**SMALL)).eval()
+    clip, mask = clip_and_mask(model.config)
+    visible, masked = split_mask(mask)
+    loss, logits = model(clip, mask)
+    target = model.target(take(patchify(clip, model.config), masked[:, ::2]))
+    assert logits.shape == target.shape and torch.allclose(loss, F.mse_loss(logits, target))
+
+    plain = VideoMAEForPreTraining(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(clip, (visible, masked[:, ::2])).loss, loss)
+    for ours, theirs in zip(reconstruct(model, clip, mask), reconstruct(plain, clip, mask),
+                            strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_seam_hook_on_the_encoder():
     """Hooks, FSDP and compile act on module calls, so every model must call its encoder."""
     config, shapes = VideoMAEConfig(**SMALL), []
