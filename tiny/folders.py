@@ -97,7 +97,8 @@ def read_lists(folder: Path, lists: dict[str, Path]) -> list[Video]:
     if len(pairs) == len(dict(pairs)) == len({label for _, label in pairs}):
         return [video._replace(label=video.file.parent.name) for video in videos]
     if bare := [video.file for video in videos if not video.label]:
-        raise ValueError(f"{path}: {bare[0]} has no label, and other labels do not fit the folders")
+        raise ValueError(f"{folder}: {bare[0]} has no label in its list, and the other labels do "
+                         "not fit the folders")
     return videos
 
 

@@ -246,7 +246,6 @@ def report(file: Path, frame, stream):
         "interlaced": frame.interlaced_frame,
         "transparent": any(part.is_alpha for part in frame.format.components),
         "HDR": stream.codec_context.color_trc in (16, 18),  # PQ and HLG
-        "spherical": "SPHERICAL" in {side.type.name for side in frame.side_data},
     }
     if found := [kind for kind, is_found in kinds.items() if is_found]:
         print_once(f"{file}: {', '.join(found)}; the pixels are used as they are stored")
