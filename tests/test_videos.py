@@ -526,11 +526,10 @@ def test_a_frame_is_turned_and_mirrored_as_its_matrix_says(tmp_path):
             assert shown[row, column].argmax() == colour and shown[row, column].max() > 150
 
 
-@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
-def test_what_an_editor_trimmed_is_not_seen(tmp_path, codec):
+def test_what_an_editor_trimmed_is_not_seen(tmp_path):
     """An edit list hides the first 0.8 s. They were replaced by copies of the first frame shown."""
     path = tmp_path / "trimmed.mp4"
-    write_video(path, ramp(100), codec=codec, gop=100)
+    write_video(path, ramp(100), codec="libx264", gop=100)
     content = bytearray(path.read_bytes())
     at, scale = content.index(b"elst"), content.index(b"mdhd") + 16
     start = struct.unpack_from(">i", content, at + 16)[0]
