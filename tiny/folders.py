@@ -11,9 +11,6 @@ LAYOUTS = [  # training videos and test videos, in two lists or in two folders o
     ("ucfTrainTestlist/trainlist{:02}.txt", "ucfTrainTestlist/testlist{:02}.txt"),
     ("train", "test"), ("train", "val"),
 ]
-# Lists that are not passed over in silence, though not in these layouts. The last is HMDB51's.
-LISTS = "test.csv", "val.csv", "ucfTrainTestlist", "testTrainMulti_7030_splits"
-
 # A line of a list: a path, usually a label, and sometimes a number that is not used.
 LINE = re.compile(rf"""["']?(.+(?:{"|".join(SUFFIXES)}))["']?"""
                   r"""(?:[\s,;]+["']?(.+?)["']?(?:[\s,;]+(-?\d+))?)?[\s,;]*""", re.I)
@@ -31,8 +28,8 @@ def find_videos(folder: Path, split: int = 0) -> list[Video]:
 
     split: the number of UCF101's lists; 0 if not given, which means 1."""
     for train, test in LAYOUTS:
-        parts = {"train": folder / train.format(split or 1),
-                 "test": folder / test.format(split or 1)}
+        number = split or 1
+        parts = {"train": folder / train.format(number), "test": folder / test.format(number)}
         if all(path.exists() for path in parts.values()):
             break
     else:
@@ -41,8 +38,8 @@ def find_videos(folder: Path, split: int = 0) -> list[Video]:
         raise ValueError(f"split: got {split}, but {folder} has no such lists of UCF101")
     if all(path.is_file() for path in parts.values()):
         return read_lists(folder, parts)
-    for name in LISTS:
-        if (folder / name).exists():
+    for name in ("test.csv", "val.csv", "ucfTrainTestlist", "testTrainMulti_7030_splits"):
+        if (folder / name).exists():  # not to be passed over in silence; the last is HMDB51's
             raise ValueError(f"{folder / name}: expected lists as docs/videos.md describes them")
 
     def videos_in(pattern):
