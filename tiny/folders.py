@@ -1,56 +1,56 @@
-"""Find the videos of a folder, their classes, and the split into training and test videos.
-
-Lists may take any of the forms in common use that are not ambiguous; see docs/videos.md.
-"""
-import os
+"""Find the videos of a folder, their classes, and the split into training and test videos."""
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 SUFFIXES = ".avi .mp4 .mkv .webm .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
-ENDINGS = "|".join(map(re.escape, SUFFIXES))
 
-# A line of a list holds a path and usually a label, as in `A/1.avi 0`. Commas or tabs may separate
-# them, and there may be quotes, a third column or a comment.
-LINE = re.compile(rf"""["']?(.+(?:{ENDINGS}))["']?(?:[\s,;]+(.*?))?[\s,;]*(?:\s#.*)?""", re.I)
+LAYOUTS = [  # training videos and test videos, in two lists or in two folders of Class/*
+    ("train.csv", "test.csv"), ("train.csv", "val.csv"),
+    ("ucfTrainTestlist/trainlist{:02}.txt", "ucfTrainTestlist/testlist{:02}.txt"),
+    ("train", "test"), ("train", "val"),
+]
+# A line of a list: a path, usually a label, and sometimes a number that is not used.
+LINE = re.compile(rf"""["']?(.+(?:{"|".join(SUFFIXES)}))["']?"""
+                  r"""(?:[\s,;]+["']?(.+?)["']?(?:[\s,;]+(-?\d+))?)?[\s,;]*""", re.I)
 
 
 class Video(NamedTuple):
     """One video file of a folder."""
     file: Path
-    label: str  # its class
+    label: str  # its class, "" if there are none
     split: str  # "train", "test", or "" if its group decides
-    place: tuple[Path, int] | None = None  # list file, line number
 
 
-def find_videos(folder: Path, split: int = 1) -> list[Video]:
-    """The videos of a folder, in the first of these layouts that it has:
+def find_videos(folder: Path, split: int = 0) -> list[Video]:
+    """The videos of a folder in one of LAYOUTS; else those in a train.csv, or in Class/*, or any.
 
-    1. train.csv and test.csv (or val.csv): the authors' lists
-    2. ucfTrainTestlist/: UCF101's lists; `split` is their number
-    3. train/Class/* and test/Class/* (or val/Class/*)
-    4. Class/*
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    train, test, val = (folder / f"{name}.csv" for name in ("train", "test", "val"))
-    if train.exists() or test.exists() or val.exists():
-        return read_lists(folder, train, val if val.exists() and not test.exists() else test)
-    official = folder / "ucfTrainTestlist"
-    if official.is_dir():
-        train, test = (official / f"{name}list{split:02}.txt" for name in ("train", "test"))
-        return read_lists(folder, train, test)
-    for name in ("test", "val"):
-        if (folder / "train").is_dir() and (folder / name).is_dir():
-            return videos_in(folder / "train", "train") + videos_in(folder / name, "test")
-    return videos_in(folder)
+    split: the number of UCF101's lists; 0 if not given, which means 1."""
+    for train, test in LAYOUTS:
+        number = split or 1
+        parts = {"train": folder / train.format(number), "test": folder / test.format(number)}
+        if all(path.exists() for path in parts.values()):
+            break
+    else:
+        parts = {"": folder / "train.csv" if (folder / "train.csv").exists() else folder}
+    if split and "{" not in train:
+        raise ValueError(f"split: got {split}, but {folder} has no such lists of UCF101")
+    if all(path.is_file() for path in parts.values()):
+        return read_lists(folder, parts)
+    for name in ("test.csv", "val.csv", "ucfTrainTestlist", "testTrainMulti_7030_splits"):
+        if (folder / name).exists():  # not to be passed over in silence; the last is HMDB51's
+            raise ValueError(f"{folder / name}: expected lists as docs/videos.md describes them")
 
+    def videos_in(pattern):
+        return [Video(file, file.parent.name, part) for part, root in parts.items()
+                for file in sorted(root.glob(pattern))
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
-def videos_in(folder: Path, split: str = "") -> list[Video]:
-    """The videos in Class/* of a folder."""
-    return [Video(file, file.parent.name, split) for file in sorted(folder.glob("*/*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    videos = videos_in("*/*")
+    if len({video.label for video in videos}) > 1:
+        return videos
+    return [video._replace(label="") for video in videos_in("**/*")]
 
 
 def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video], list[Video]]:
@@ -61,97 +61,53 @@ def split_videos(folder: Path, videos: list[Video], classes) -> tuple[list[Video
     train, test, groups = [], [], defaultdict(dict)
     for video in videos:
         match, known = re.search(r"_g\d+_", video.file.name), groups[video.label]
-        number = known.setdefault(match[0] if match else video.file.name, len(known))
+        number = known.setdefault(match[0] if match else video.file, len(known))
         is_test = video.split == "test" or not video.split and number % 5 == 0
         (test if is_test else train).append(video)
     for name, part in (("train", train), ("test", test)):
         if missing := sorted(set(classes) - {video.label for video in part}):
-            names = ", ".join(missing)
-            raise ValueError(f"{folder}: no {name} video of class {names} can be read, "
-                             "expected at least one (without lists or train and test folders, "
-                             "two groups per class)")
+            raise ValueError(f"{folder}: no {name} video of class {', '.join(missing)} can be "
+                             "read, expected at least one (or two groups, to split)")
     return train, test
 
 
-# ---- Lists --------------------------------------------------------------------------------------
-
-def read_lists(folder: Path, train: Path, test: Path) -> list[Video]:
-    """The videos in two lists, without duplicates.
-
-    A video's class is its folder, or its label if each list has all its files in one folder or if
-    most labels do not follow the folders."""
-    listed = read_list(folder, train, "train") + read_list(folder, test, "test")
-    videos = {}
-    pairs = [(video, videos.setdefault(video.file.resolve(), video)) for video in listed]
-    refuse("files are in both lists", [x for x, y in pairs if x.split != y.split], listed)
-    refuse("files have two labels", [x for x, y in pairs if x.label != y.label], listed)
+def read_lists(folder: Path, lists: dict[str, Path]) -> list[Video]:
+    """The videos in {split: list}. Their classes are their labels, with the names of their folders
+    if labels and folders fit one to one."""
+    videos, lost = {}, []
+    for split, path in lists.items():
+        for name, label in read_list(path):
+            # Lists may come from another machine: look for A/1.avi if not for /data/A/1.avi.
+            parts = PurePath(name.replace("\\", "/")).parts
+            files = (folder.joinpath(*parts[i:]) for i in range(len(parts)))
+            if file := next(filter(Path.is_file, files), None):
+                video = videos.setdefault(file.resolve(), Video(file, label, split))
+                if video[1:] != (label, split):
+                    raise ValueError(f"{path}: {file} is in both lists or has two labels")
+            else:
+                lost.append(name)
+    if lost:
+        print(f"skipped: {len(lost):,} files listed, but not in {folder}; the first is {lost[0]}")
 
     videos = list(videos.values())
-    odd, folders = odd_labels(videos), {(video.split, video.file.parent) for video in videos}
-    if len(folders) > 2 and 2 * len(odd) <= len(videos):
-        refuse("labels do not fit the folders of their files", odd, videos)
+    pairs = {(video.file.parent.name, video.label) for video in videos if video.label}
+    if len(pairs) == len(dict(pairs)) == len({label for _, label in pairs}):
         return [video._replace(label=video.file.parent.name) for video in videos]
-    refuse("files have no label", [video for video in videos if not video.label], videos)
+    if bare := [video.file for video in videos if not video.label]:
+        raise ValueError(f"{folder}: {bare[0]} has no label in its list, and the other labels do "
+                         "not fit the folders")
     return videos
 
 
-def odd_labels(videos: list[Video]) -> list[Video]:
-    """Those whose label is unusual for their folder, or whose folder is unusual for their label."""
-    pairs = Counter((video.file.parent.name, video.label) for video in videos if video.label)
-    usual = [pair for pair, _ in pairs.most_common()][::-1]  # in a dict, the last entry wins
-    label_of, folder_of = dict(usual), {label: name for name, label in usual}
-    if len(folder_of) == 1:
-        return []  # VideoMAE V2's pretraining lists label every video 0
-    return [video for video in videos if video.label
-            and (label_of[video.file.parent.name] != video.label
-                 or folder_of[video.label] != video.file.parent.name)]
-
-
-def read_list(folder: Path, path: Path, split: str) -> list[Video]:
-    """The videos in a list, with its labels."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected a list of {split} videos")
+def read_list(path: Path) -> list[tuple[str, str]]:
+    """The path and the label in each line of a list."""
     lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
-    lines = [Video(line.strip(), "", split, (path, i)) for i, line in enumerate(lines, start=1)]
-    lines = [line for line in lines if line.file and not line.file.startswith("#")]
-    if lines and not re.search(r"[\d/\\.]", lines[0].file):
+    lines = [line.strip() for line in lines if line.strip()]
+    if lines and not re.search(r"[\d/\\.]", lines[0]):
         del lines[0]  # a header
-
-    matches = [LINE.fullmatch(line.file) for line in lines]
-    unclear = [line for line, match in zip(lines, matches, strict=True) if not match]
-    refuse(f"lines do not start with a path ({' '.join(SUFFIXES)})", unclear, lines)
-    columns = [re.split(r"\s*[,;\t]\s*|\s+(?=-?\d)", match[2] or "") for match in matches]
-    odd = [line for line, x in zip(lines, columns, strict=True) if x[1:] != columns[0][1:]]
-    refuse("lines differ from the first in their third column", odd, lines)
-
-    files = [locate(match[1], folder) for match in matches]
-    lost = [line for line, file in zip(lines, files, strict=True) if not file]
-    # UCF101's lists cover all its classes, but many people download only some.
-    if lost and path.suffix == ".txt" and not any((folder / x.file).parent.is_dir() for x in lost):
-        print(f"skipped: {describe('files belong to classes without a folder', lost, lines)}")
-        lost = []
-    refuse("files not found", lost, lines)
-    labels = [re.sub(r"^0*(\d+)(\.0*)?$", r"\1", x[0].strip("\"'")) for x in columns]  # 1.0 is 1
-    return [line._replace(file=file, label=label)
-            for line, file, label in zip(lines, files, labels, strict=True) if file]
-
-
-def locate(name: str, folder: Path) -> Path | None:
-    """The file for a path in a list, even one from another machine: FOLDER/A/1.avi for
-    /data/videos/A/1.avi."""
-    parts = PurePath(name.replace("\\", "/")).parts
-    files = (folder.joinpath(*parts[i:]) for i in range(len(parts)))
-    return next(filter(os.path.isfile, files), None)
-
-
-def refuse(reason: str, bad: list[Video], listed: list[Video]):
-    """Raise ValueError if a list has bad lines."""
-    if bad:
-        raise ValueError(describe(reason, bad, listed))
-
-
-def describe(reason: str, bad: list[Video], listed: list[Video]) -> str:
-    """A message with the number of bad lines in a list, and the first of them."""
-    path, number = bad[0].place
-    count, total = (sum(video.place[0] == path for video in part) for part in (bad, listed))
-    return f"{path}: {count} of {total} {reason}; the first is line {number}: {bad[0].file}"
+    rows = [LINE.fullmatch(line) for line in lines]
+    for line, row in zip(lines, rows, strict=True):
+        if not row or row[3] != rows[0][3]:
+            raise ValueError(f"{path}: got {line}, expected a path, a label and perhaps a number "
+                             "that is the same in all lines")
+    return [(row[1], row[2] or "") for row in rows]

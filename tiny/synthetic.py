@@ -124,7 +124,6 @@ def draw_scenes(count: int, size: int) -> Tensor:
 
 
 def draw_cloud(p: Painter, x, y, radius):
-    """Three ellipses."""
     white = p.colour(BRIGHT, BRIGHT, BRIGHT)
     for side in (-1, 0, 1):
         height = radius * (1 - 0.3 * abs(side))
@@ -139,7 +138,6 @@ def draw_tree(p: Painter, x, y, height):
 
 
 def draw_house(p: Painter, x, y, height):
-    """A wall, a roof, two windows."""
     wall = p.box(x, y - 0.35 * height, 0.45 * height, 0.35 * height)
     p.paint(wall, p.colour((0.5, 1.0), (0.3, 0.9), (0.2, 0.8)))
     slope = p.across(x).abs() - 1.2 * (p.y - y + 1.15 * height)
@@ -151,7 +149,6 @@ def draw_house(p: Painter, x, y, height):
 
 
 def draw_person(p: Painter, x, y, height):
-    """Legs, arms, a shirt, a head."""
     skin, shirt, trousers = (p.colour(*ranges) for ranges in (
         ((0.5, 0.95), (0.35, 0.7), (0.25, 0.5)), (ANY, ANY, ANY), (DARK, DARK, (0.05, 0.6))))
     for side in (-1, 1):

@@ -3,10 +3,12 @@
 Memory does not grow with a video's length. Invalid input raises a ValueError with the path.
 """
 import contextlib
+import functools
 import hashlib
 import math
 import os
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,24 +22,28 @@ from tqdm import tqdm
 
 from checkpoints import write_atomic
 from tiny.augment import crop_and_flip, cut
-from tiny.folders import SUFFIXES, find_videos, split_videos
+from tiny.folders import SUFFIXES, Video, find_videos, split_videos
 from videomae import VideoMAEConfig, frame_indices, normalize, preprocess
 
+COVER_ART = av.stream.Disposition.attached_pic
+print_once = functools.cache(print)
 
-def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, views: int = 5,
+
+def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 0, views: int = 5,
                 flip: bool = True, cache="runs/.cache") -> tuple["VideoClips", "VideoClips"]:
-    """A folder of videos -> training clips and test clips, at `fps` frames per second.
+    """A folder of videos -> training clips and test clips, at `fps` frames per second. With fewer
+    than two classes, they are for pretraining only.
 
     split: 1 to 3, for UCF101. views: per test video. flip: mirror training clips at random."""
     videos = find_videos(Path(folder), split)
     names = {video.label for video in videos}
     classes = sorted(names, key=lambda name: (len(name) * name.isdigit(), name))  # 2 before 10
-    if len(classes) < 2:
-        raise ValueError(f"{folder}: got {classes or 'no videos'}, expected videos of at least "
-                         f"two classes, Class/*{{{','.join(SUFFIXES)}}}")
+    if not videos:
+        raise ValueError(f"{folder}: got no videos, expected some that end in {' '.join(SUFFIXES)}")
     if config.num_channels != 3:
         raise ValueError(f"num_channels: got {config.num_channels}, expected 3 for videos")
     split_videos(folder, videos, classes)  # fails on a bad split before hours of decoding
+    print(describe(Path(folder), videos, classes))
     decoded = decode_all([video.file for video in videos], config.image_hw, fps, cache)
 
     # Split again without the broken files, which may include a class's only test video.
@@ -52,6 +58,20 @@ def load_videos(folder, config: VideoMAEConfig, fps: float, split: int = 1, view
         print(f"{short} of {len(lengths)} videos have fewer than {config.num_frames} frames at "
               f"{fps:g} fps; their last frame is repeated")
     return tuple(clips)
+
+
+def describe(folder: Path, videos: list[Video], classes: list[str]) -> str:
+    """What was found in a folder, how it was split, and which files have no place in its layout."""
+    found = f"{len(classes)} classes from {classes[0]} to {classes[-1]}"
+    if len(classes) < 2:
+        found = "no classes, which is enough for pretraining only"
+    how = "as its lists or folders say" if videos[0].split else "every fifth group for testing"
+    used = {video.file.resolve() for video in videos}
+    unused = Counter(file.suffix for file in folder.rglob("[!.]*.*")
+                     if file.suffix not in (".csv", ".txt", ".md") and file.is_file()
+                     and file.resolve() not in used)
+    others = ", ".join(f"{count:,} {suffix}" for suffix, count in unused.most_common())
+    return f"{folder}: {len(videos):,} videos, {found}; split: {how}; not used: {others or 'none'}"
 
 
 # ---- Decoding -----------------------------------------------------------------------------------
@@ -91,9 +111,10 @@ def for_each(function, files: list[Path], text: str) -> dict:
 
 
 def cache_path(file: Path, image_hw, fps: float, cache) -> Path:
-    """The path of a video's decoded frames, which changes whenever the video does."""
+    """The path of a video's decoded frames, which changes whenever the video does. 2 is the version
+    of what `decode` writes."""
     stat = file.stat()
-    key = repr((file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, float(fps)))
+    key = repr((2, file.resolve(), stat.st_size, stat.st_mtime_ns, image_hw, float(fps)))
     return Path(cache, hashlib.blake2b(key.encode(), digest_size=12).hexdigest() + ".npy")
 
 
@@ -120,15 +141,19 @@ def decode(file: Path, image_hw, fps: float, cache="runs/.cache") -> Path:
 
 @contextlib.contextmanager
 def open_video(file: Path):
-    """-> PyAV's container, its video stream and its frame rate, which a header may get wrong."""
+    """-> PyAV's container, the video stream that a player shows, its frame rate, which a header may
+    get wrong, and the width / height of its pixels."""
     if not os.path.exists(file):
         raise ValueError(f"{file}: no such file")
     try:
         with av.open(str(file), metadata_errors="ignore") as container:  # tags may be damaged
-            streams = [stream for stream in container.streams.video if stream.codec_context]
-            if not streams:
+            stream = container.streams.best("video")
+            if not stream or not stream.codec_context or stream.disposition & COVER_ART:
                 raise ValueError(f"{file}: got no video stream that can be decoded")
-            yield container, streams[0], max(1.0, float(streams[0].average_rate or 25))
+            pixel = round(float(stream.sample_aspect_ratio or 1), 2)  # 1.003 is a rounding error
+            if not 0.2 < pixel < 5:
+                raise ValueError(f"{file}: got pixels {pixel} times as wide as high")
+            yield container, stream, max(1.0, float(stream.average_rate or 25)), pixel
     except av.FFmpegError as error:
         raise ValueError(f"{file}: cannot be decoded ({error.strerror})") from error
 
@@ -139,13 +164,15 @@ def packets_of(container, stream):
         yield from container.demux(stream)
 
 
-def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
+def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, float]]:
     """Find, without decoding, the times in seconds that sample a file at `fps` frames per second,
     and the frames' (H, W). The first time need not be 0. Gaps of over a second are skipped."""
-    with open_video(file) as (container, stream, rate):
+    with open_video(file) as (container, stream, rate, pixel):
+        # Packets to discard hold what an editor has trimmed.
         stamps = [packet.dts if packet.pts is None else packet.pts
-                  for packet in packets_of(container, stream) if packet.size]
-        unit, size = float(stream.time_base), (stream.height, stream.width)
+                  for packet in packets_of(container, stream)
+                  if packet.size and not packet.is_discard]
+        unit, size = float(stream.time_base), (stream.height, stream.width * pixel)
     if not stamps:
         raise ValueError(f"{file}: got no frames")
     times = np.sort([i / rate if x is None else x * unit for i, x in enumerate(stamps)])
@@ -155,63 +182,73 @@ def scan(file: Path, fps: float) -> tuple[np.ndarray, tuple[int, int]]:
     return np.interp(np.arange(count) / fps, elapsed, times), size
 
 
-def cover(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+def cover(h: float, w: float, height: int, width: int) -> tuple[int, int]:
     """The size of a frame (h, w) scaled to just cover (height, width)."""
     scale = max(height / h, width / w)
     return max(height, round(scale * h)), max(width, round(scale * w))
 
 
 def read_frames(file: Path, image_hw, times: np.ndarray, seek: bool = False):
-    """Yield the frame shown at each time, (H, W, 3) uint8, all of one size.
+    """Yield the frame shown at each time, (H, W, 3) uint8, all of one size, upright and with square
+    pixels.
 
-    seek: start at the key frame before the first time, not at the beginning."""
+    seek: start at the key frame before the first time, not at the beginning. Without an index, this
+    may end at a later key frame. Then nothing is yielded."""
     reformatter = av.video.reformatter.VideoReformatter()  # reuse makes it six times as fast
     done, size = 0, None
-    for first, last, frame in decoded_frames(file, times[0] if seek else None):
-        done = max(done, np.searchsorted(times, first))
-        count = np.searchsorted(times, last, side="right") - done
-        if count <= 0:
-            continue
-        if size is None:
-            # A phone held upright stores landscape frames and the angle to rotate them by.
-            turns = round(frame.rotation / 90)
-            size = cover(frame.height, frame.width, *image_hw[:: -1 if turns % 2 else 1])
-        pixels = reformatter.reformat(frame, size[1], size[0], "rgb24").to_ndarray()
-        yield from count * [np.ascontiguousarray(np.rot90(pixels, turns))]
-        done += count
-
-
-def decoded_frames(file: Path, start: float | None = None):
-    """Yield (first, last, frame): PyAV's frames, from the key frame before `start`, each with the
-    range of times it may be shown for. Damaged packets are skipped and reported."""
-    packets = frames = damaged = 0
-    with open_video(file) as (container, stream, rate):
-        if start is not None:
-            # Without an index, a seek may fail or end at a later key frame. Then this yields
-            # nothing, and read_views starts at the beginning.
-            try:
-                container.seek(int(start * av.time_base))
-            except av.FFmpegError:
+    with open_video(file) as (container, stream, rate, pixel):
+        if seek:
+            with contextlib.suppress(av.FFmpegError):
+                container.seek(int(times[0] * av.time_base))
+        for number, frame in enumerate(frames_of(file, container, stream)):
+            time = number / rate if frame.time is None else frame.time
+            if seek and number == 0 and (frame.time is None or time > times[0] + 0.5 / rate):
                 return
-        try:
-            for packet in packets_of(container, stream):
-                packets += packet.size > 0
-                try:
-                    decoded = packet.decode()
-                except av.FFmpegError:
-                    damaged += 1
-                    continue
-                for frame in decoded:
-                    time = frames / rate if frame.time is None else frame.time
-                    if not frames and start is not None and (
-                            frame.time is None or time > start + 0.5 / rate):
-                        return
+            done = max(done, np.searchsorted(times, time - 1))
+            count = np.searchsorted(times, time + 0.5 / rate, side="right") - done
+            if count <= 0:
+                continue
+            if size is None:
+                report(file, frame, stream)
+                # Phones store how they were held: x' = a x + c y, y' = b x + d y.
+                matrix = frame.side_data.get("DISPLAYMATRIX", np.eye(3, dtype=np.int32))
+                a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+                turned = abs(b) > abs(a)
+                across, down = (c, b) if turned else (a, d)
+                size = cover(frame.height, frame.width * pixel, *image_hw[:: -1 if turned else 1])
+            pixels = reformatter.reformat(frame, size[1], size[0], "rgb24").to_ndarray()
+            pixels = pixels.swapaxes(0, 1) if turned else pixels
+            pixels = pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+            yield from count * [np.ascontiguousarray(pixels)]
+            done += count
+
+
+def frames_of(file: Path, container, stream):
+    """Yield PyAV's frames. Damaged packets are skipped and reported."""
+    packets = frames = damaged = 0
+    try:
+        for packet in packets_of(container, stream):
+            packets += packet.size > 0
+            try:
+                for frame in packet.decode():
                     frames += 1
-                    yield time - 1, time + 0.5 / rate, frame
-        finally:
-            if damaged:
-                read = f", {frames} of {packets} frames read" if start is None else ""
-                print(f"{file}: {damaged} packet{'s' * (damaged > 1)} damaged{read}")
+                    yield frame
+            except av.FFmpegError:
+                damaged += 1
+    finally:
+        if damaged:
+            print(f"{file}: {damaged} of {packets} packets damaged, {frames} frames read")
+
+
+def report(file: Path, frame, stream):
+    """Say, once, what players treat differently."""
+    kinds = {
+        "interlaced": frame.interlaced_frame,
+        "transparent": any(part.is_alpha for part in frame.format.components),
+        "HDR": stream.codec_context.color_trc in (16, 18),  # PQ and HLG
+    }
+    if found := [kind for kind, is_found in kinds.items() if is_found]:
+        print_once(f"{file}: {', '.join(found)}; the pixels are used as they are stored")
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
