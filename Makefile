@@ -1,14 +1,15 @@
 # `make train` and `make test` need Python >= 3.10 with pip, and install the rest into .venv.
 PYTHON ?= python3
-BIN = .venv/bin
+CONSTRAINTS ?= constraints.txt
+BIN = .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 help:
 	@echo "make train      set up .venv, then train on synthetic clips: minutes on two CPU cores"
-	@echo "make test       set up .venv, then run the tests"
+	@echo "make test       set up .venv, then run the tests; CONSTRAINTS=constraints-oldest.txt sets up the oldest versions"
 	@echo "make lint       set up .venv, then run ruff"
 	@echo "make notebooks  set up .venv, then run the notebooks with few steps and save them in runs/notebooks/"
 	@echo "make gpu        measure this machine's GPU into docs/gpu.md; FOLDER=... adds real videos"
-	@echo "make hub        download published weights and check them (1 GB)"
+	@echo "make hub        download published weights (1 GB), check them, and run their notebook"
 	@echo "make clean      remove .venv (runs/ stays)"
 
 train: .venv/ready
@@ -27,13 +28,14 @@ gpu: .venv/ready
 	$(BIN)/python benchmarks/gpu.py $(if $(FOLDER),--data $(FOLDER))
 
 hub: .venv/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hub]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[hub]"
 	$(BIN)/python -m pytest -q -m hub
+	$(BIN)/jupyter nbconvert --to html --execute --output-dir runs/notebooks notebooks/03*.ipynb
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up .venv with torch and a few packages; the first time this takes minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[train,test]"
 	touch $@
 
 clean:
