@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 def test_wheel_holds_the_modules_and_the_trained_weights(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="setuptools >= 77 builds the wheel")
     source = tmp_path / "source"  # building writes beside the sources
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
+    unbuilt = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=unbuilt)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation",
                     "--no-deps", "--wheel-dir", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
