@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -64,99 +63,74 @@ if torch.accelerator.is_available():
 
 # ---- The training loop --------------------------------------------------------------------------
 
-def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", muon_scale=3.0,
-        betas=(0.9, 0.95), weight_decay=0.05, layer_decay=1.0, fall=1.0, gradient_clip=1.0,
-        accumulate=1, precision="auto", compile=False, seed=0, workers=0, path=None,
-        save_every=100, each_tenth=None) -> Tensor:
+def fit(model, batches, loss_of, steps: int, lr: float, *, optimizer="muon", betas=(0.9, 0.95),
+        layer_decay=1.0, fall=1.0, seed=0, workers=0, path=None, save_every=100) -> Tensor:
     """Train a model in place -> the loss of each step, (steps,).
 
     batches[step] is a tuple of CPU tensors, see Batches; loss_of(model, *batch) returns their mean
     loss. lr is the peak, which falls to 0 over the last `fall` of the steps. With a path, the state
     is saved there every `save_every` steps, and the same call resumes from it, on a CPU exactly.
     The state before the fall is kept beside it, from which a longer run can start.
-    each_tenth(model) is called ten times in all.
     """
     device, (rank, world) = next(model.parameters()).device, processes()
-    dtype = choose_dtype(precision, device)
-    optimizers = make_optimizers(model, optimizer, muon_scale, betas, weight_decay, layer_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(model=model, scaler=scaler, **optimizers)
-    path = path and Path(path)
-    state = dict(step=0, seconds=0.0, waited=0.0, losses=torch.zeros(0))
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    optimizers = make_optimizers(model, optimizer, betas, layer_decay)
+    parts = dict(model=model, **optimizers)
+    first, losses, start = 0, torch.zeros(steps, device=device), time.perf_counter()
     if path and path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
+        if state["step"] > steps:
+            raise ValueError(f"{path}: got {state['step']} steps, expected at most {steps}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        print(f"{path.stem}: resumes after step {state['step']:,}")
-    first, before_fall = state["step"], round((1 - fall) * steps)
-    if first > steps:
-        raise ValueError(f"{path}: got {first} steps, expected at most {steps}")
-    losses = F.pad(state["losses"].to(device), (0, steps - first))
-    start, waited = time.perf_counter() - state["seconds"], state["waited"]
+        first, start = state["step"], start - state["seconds"]
+        losses[:first] = state["losses"]
+        print(f"{path.stem}: resumes after step {first:,}")
 
-    trained = DistributedDataParallel(model) if world > 1 else model
-    trained = torch.compile(trained) if compile else trained
     loader = DataLoader(batches, batch_size=None, sampler=range(first, steps), num_workers=workers)
     bar = tqdm(loader, path and path.stem, leave=False, disable=True if rank else None)
     model.train()
-    ready = time.perf_counter()
     for step, batch in enumerate(bar, first):
-        waited += time.perf_counter() - ready
         torch.manual_seed(hash((seed, step, rank)))  # for crops, masks, colours, dropout
-
-        for part in zip(*(x.chunk(accumulate) for x in batch), strict=True):
-            part = [x.to(device, non_blocking=True) for x in part]
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_of(trained, *part) / accumulate
-            scaler.scale(loss).backward()
-            losses[step] += loss.detach() / world
+        batch = [x.to(device, non_blocking=True) for x in batch]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, *batch)
+        loss.backward()
+        losses[step] = loss.detach()
         if world > 1:
-            dist.all_reduce(losses[step])
-        rate = learning_rate(step, steps, lr, fall)
-        update(model, optimizers.values(), scaler, rate, gradient_clip)
+            average([losses[step], *(x.grad for x in model.parameters() if x.grad is not None)])
+        update(model, optimizers.values(), learning_rate(step, steps, lr, fall))
 
-        done = step + 1
-        if done % 10 == 0:  # not at every step: reading the loss forces a GPU sync
-            bar.set_postfix_str(f"loss {losses[step]:.3f}")
-        if each_tenth and rank == 0 and done * 10 // steps > step * 10 // steps:
-            each_tenth(model)
-            model.train()
+        done, before_fall = step + 1, round((1 - fall) * steps)
         if done % save_every == 0 or done in (before_fall, steps):
-            if not all(x.isfinite().all() for x in (losses[:done], *model.parameters())):
-                raise FloatingPointError(f"a loss or a weight is not finite after {done} steps; "
-                                         "try a lower learning rate")
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            check_finite(done, losses, *model.parameters())
             if path and rank == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=done, losses=losses[:done].clone(), waited=waited,
+                state |= dict(step=done, losses=losses[:done].clone(),
                               seconds=time.perf_counter() - start)
                 write_atomic(path, partial(torch.save, state))
                 if done == before_fall:
-                    write_atomic(path.with_name(BEFORE_FALL), partial(torch.save, state))
-        ready = time.perf_counter()
+                    write_atomic(path.with_name(BEFORE_FALL), path.read_bytes())
     return losses.cpu()
 
 
-def update(model, optimizers, scaler, rate: float, gradient_clip: float):
+def update(model, optimizers, rate: float):
     """One step of every optimizer, with the gradients clipped."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-    norm = nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-    if not scaler.is_enabled() or norm.isfinite():  # in fp16, all of them skip a step or none does
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
     model.zero_grad()
 
 
-def make_optimizers(model, kind: str, muon_scale: float, betas, weight_decay: float,
-                    layer_decay: float) -> dict:
+def make_optimizers(model, kind: str, betas, layer_decay: float) -> dict:
     """-> {"adamw": optimizer} and, if kind is "muon", also {"muon": optimizer} for matrices.
 
-    As in the authors' code, norms, biases and the mask token do not decay, and learning rates fall
-    by a factor of `layer_decay` per layer, from the head down. A group's rate is the step's rate
-    times its "scale".
+    As in the authors' code, weights decay by 0.05, but not norms, biases and the mask token, and
+    learning rates fall by a factor of `layer_decay` per layer, from the head down. A group's rate
+    is the step's rate times its "scale".
     """
     pattern, names = r"encoder\.blocks\.(\d+)\.", [name for name, _ in model.named_parameters()]
     top = len(set(re.findall(pattern, " ".join(names)))) + 1
@@ -164,10 +138,10 @@ def make_optimizers(model, kind: str, muon_scale: float, betas, weight_decay: fl
     for name, x in model.named_parameters():
         block = re.search(pattern, name)
         depth = int(block[1]) + 1 if block else 0 if "patch_embed" in name else top
-        decay = weight_decay if x.ndim > 1 and not name.endswith("mask_token") else 0.0
+        decay = 0.05 if x.ndim > 1 and not name.endswith("mask_token") else 0.0
         # A small matrix, such as a head for few classes, has too few directions to orthogonalize.
         is_muon = kind == "muon" and x.ndim == 2 and min(x.shape) >= 64
-        scale = layer_decay ** (top - depth) * (muon_scale if is_muon else 1.0)
+        scale = layer_decay ** (top - depth) * (3.0 if is_muon else 1.0)
         group = dict(params=[x], weight_decay=decay, scale=scale)
         groups["muon" if is_muon else "adamw"].append(group)
     kinds = {"adamw": partial(torch.optim.AdamW, betas=betas, fused=True), "muon": Muon}
@@ -180,17 +154,22 @@ def learning_rate(step: int, steps: int, peak: float, fall: float) -> float:
     return peak * min((step + 1) / rise, 1, (steps - step) / (fall * steps))
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. auto: on CUDA bf16 if supported, else fp16; elsewhere fp32."""
-    if precision == "auto" and device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+def check_finite(step: int, *tensors: Tensor):
+    """Raise before a broken state is saved."""
+    if not all(x.isfinite().all() for x in tensors):
+        raise FloatingPointError(f"a loss or a weight is not finite after {step} steps; try a "
+                                 "lower learning rate")
 
 
 def processes() -> tuple[int, int]:
     """This process's rank, and the number of processes; torchrun starts several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors: list[Tensor]):
+    """Replace each tensor by its mean over the processes."""
+    for x in tensors:
+        dist.all_reduce(x.div_(dist.get_world_size()))
 
 
 # ---- Batches and losses -------------------------------------------------------------------------
@@ -220,21 +199,22 @@ class Batches(Dataset):
 
 
 def reconstruction_loss(model, frames: Tensor, labels: Tensor, *, grid, mask: str,
-                        mask_ratio: float, predict: float = 1, prepare=normalize) -> Tensor:
+                        mask_ratio: float, predict_every=1, prepare=normalize) -> Tensor:
     """Stage 1: the error of the predicted patches. Labels are not used."""
     pixel_values = prepare(frames)
     bool_masked_pos = random_mask(mask, len(frames), grid, mask_ratio)
     visible, masked = split_mask(bool_masked_pos, pixel_values.device)
-    return model(pixel_values, (visible, running_cell(masked, grid, predict))).loss
+    return model(pixel_values, (visible, running_cell(masked, grid, predict_every))).loss
 
 
-def running_cell(masked: Tensor, grid, share: float) -> Tensor:
-    """masked (B, N_mask) -> (B, about share * N_mask): of every 1 / share masked patches one, the
-    next one at each time step. Neighbours are alike, so predicting all of them teaches little
-    more, and most of a small model's time goes into it (VideoMAE V2, "dual masking")."""
+def running_cell(masked: Tensor, grid, every: int) -> Tensor:
+    """masked (B, N_mask) -> (B, about N_mask / every): one of so many masked patches, the next one
+    at each time step. Neighbours are alike, so predicting all of them teaches little more, and
+    most of a small model's time goes into it (VideoMAE V2, "dual masking")."""
     per_step = masked.shape[1] // grid[0]  # exact for tubes
-    i = torch.arange(masked.shape[1], device=masked.device)
-    return masked[:, (i % per_step + i // per_step) % round(1 / share) == 0]
+    i = torch.arange(masked.shape[1])
+    chosen = i[(i % per_step + i // per_step) % every == 0]
+    return masked[:, chosen.to(masked.device)]
 
 
 def classification_loss(model, frames: Tensor, labels: Tensor, *, jitter=False,
@@ -270,7 +250,7 @@ class Recipe:
     fps: float = 6.25  # frames per second of a clip, at least 0.01; UCF101's videos have 25
     views: int = 1  # clips per test video, at least 1, whose predictions are averaged
     flip: bool = False  # mirror half of the training clips; avoid if left and right matter
-    split: int = 1  # which of UCF101's three official splits to follow, at least 1
+    split: int = 0  # which of UCF101's three official splits to follow; 0 = the first
 
     # Model, without --init
     model: str = "tiny"  # a preset of VideoMAEConfig
@@ -279,7 +259,7 @@ class Recipe:
     # Pretraining, without --init
     mask: Literal["tube", "random", "frame"] = "tube"  # tube: the same at every step; frame: steps
     mask_ratio: float = 0.75  # share that is masked, rounded down to whole tubes or steps
-    predict: float = 1.0  # share of the masked patches that is predicted, at least 0.01, at most 1
+    predict_every: int = 1  # predict one of so many masked patches, at least 1
     extend: str = ""  # go on from a finished run's folder, for --pretrain-steps steps in all
     pretrain_steps: int = 1600  # training steps, at least 1
     pretrain_batch: int = 32  # clips per step, across all processes, at least 1
@@ -299,10 +279,6 @@ class Recipe:
 
     # Optimization
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices, AdamW for the rest
-    weight_decay: float = 0.05  # of matrices; the authors' value
-    accumulate: int = 1  # compute a batch in this many parts, at least 1, to save memory
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: on CUDA bf16 or fp16
-    compile: bool = False  # use torch.compile
     save_every: int = 100  # steps between saved states, at least 1, from which a run resumes
 
 
@@ -360,17 +336,21 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
         torch.manual_seed(recipe.seed)
         model = VideoMAEForPreTraining(config)
         loss_of = partial(reconstruction_loss, grid=config.grid, mask=recipe.mask,
-                          mask_ratio=recipe.mask_ratio, predict=recipe.predict)
-        picture = partial(report.draw_reconstruction, clips=test_clips, mask=recipe.mask,
-                          mask_ratio=recipe.mask_ratio, path=folder / "reconstruction.gif")
+                          mask_ratio=recipe.mask_ratio, predict_every=recipe.predict_every)
         path = folder / "pretraining.pt"
         if recipe.extend and not path.exists():
             shutil.copy(Path(recipe.extend, BEFORE_FALL), path)
         results["pretraining"] = train(
             model, clips, torch.arange(len(clips.labels)), recipe.pretrain_batch, loss_of,
-            recipe.pretrain_steps, recipe.pretrain_lr, recipe, betas=(0.9, 0.95), fall=0.2,
-            path=path, each_tenth=picture)
+            recipe.pretrain_steps, recipe.pretrain_lr, recipe, fall=0.2, path=path)
         save(model, pretrained)
+        if processes()[0] == 0:
+            report.draw_reconstruction(model, test_clips, recipe.mask, recipe.mask_ratio,
+                                       folder / "reconstruction.gif")
+    if len(clips.classes) < 2:
+        print("These videos have no classes, so the run ends after pretraining. To fine-tune on "
+              f"others: --data FOLDER --init {pretrained}")
+        return
 
     encoder = VideoMAEModel.from_pretrained(pretrained).to(DEVICE)
     results["linear probe"] = linear_probe(encoder, clips, labelled, test_clips)
@@ -402,24 +382,21 @@ def run(folder: Path, recipe: Recipe, state: dict, load):
         print(f"{way}: top-1 {results[way]['top1']:.1f} %")
         if way == "fine-tuning":
             save(model, folder / "finetuned")
-    write_results(folder, state)
 
 
 def train(model, clips, subset: Tensor, batch: int, loss_of, steps: int, lr: float, recipe: Recipe,
           path: Path, **options) -> dict:
     """`fit`, with the settings that both stages share -> its losses and seconds."""
-    options |= {name: getattr(recipe, name) for name in (
-        "optimizer", "weight_decay", "accumulate", "precision", "compile", "seed", "save_every")}
     workers = max(1, (os.cpu_count() or 1) // 4) if recipe.data else 0
     batches = Batches(clips, subset, batch, recipe.seed, *processes())
-    loss_of = partial(loss_of, prepare=clips.prepare)
-    losses = fit(model.to(DEVICE), batches, loss_of, steps, lr, path=path, workers=workers,
-                 **options)
+    losses = fit(model.to(DEVICE), batches, partial(loss_of, prepare=clips.prepare), steps, lr,
+                 optimizer=recipe.optimizer, seed=recipe.seed, save_every=recipe.save_every,
+                 workers=workers, path=path, **options)
     wait()  # until the first process has saved
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    seconds = torch.load(path, map_location="cpu", weights_only=True)["seconds"]
     print(f"{path.stem}: loss {losses[0]:.3f} -> {losses[-10:].mean():.3f} in {steps:,} steps, "
-          f"{state['seconds']:.0f} s, data {state['waited'] / state['seconds']:.0%} of the time")
-    return dict(seconds=round(state["seconds"], 1), losses=losses.tolist())
+          f"{seconds:.0f} s")
+    return dict(seconds=round(seconds, 1), losses=losses.tolist())
 
 
 def save(model, folder: Path):
@@ -444,11 +421,17 @@ def make_config(recipe: Recipe) -> VideoMAEConfig:
     config = VideoMAEConfig.preset(recipe.model, **size)
     if recipe.init:
         config = VideoMAEModel.from_pretrained(recipe.init).config
-    parts = processes()[1] * recipe.accumulate
+    if recipe.extend:
+        before = json.loads(Path(recipe.extend, "results.json").read_text())["recipe"]
+        later = ("name", "extend", "pretrain_steps", "save_every")
+        for name, value in asdict(recipe).items():
+            if before[name] != value and name not in later:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected "
+                                 f"{before[name]}, as in {recipe.extend}")
     for batch in (recipe.pretrain_batch, recipe.finetune_batch):
-        if batch % parts:
+        if batch % processes()[1]:
             raise ValueError(f"--pretrain-batch, --finetune-batch: got {batch}, expected a "
-                             f"multiple of {parts} (processes x accumulate)")
+                             f"multiple of {processes()[1]} processes")
     return config
 
 
@@ -496,9 +479,10 @@ def main(argv=None, load=load_clips):
     wait()  # until every process has read the state
     if not table.exists():  # else the run is finished
         run(folder, recipe, state, load)
+        write_results(folder, state)
         if processes()[0] == 0:
             report.draw_curves(state["results"], folder / "curves.png")
-            for file in (*folder.glob("*.pt"), *folder.glob("*.tmp")):
+            for file in folder.glob("*.pt"):
                 file.unlink()  # what only an interrupted run needs
             table.write_text(report.table([state]) + "\n")
     print(f"\n{report.table([state])}\n\nEverything is in {folder}/")

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from checkpoints import write_atomic  # noqa: E402
+from tiny.synthetic import SyntheticClips  # noqa: E402
+from train_tiny import VIDEOS_ON_GPU, Batches, fit, reconstruction_loss  # noqa: E402
 from videomae import VideoMAEConfig, VideoMAEForPreTraining  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,24 +104,29 @@ def call(arguments, folder: Path, seconds: float) -> tuple[int | None, str]:
 
 # ---- Parts in this file -------------------------------------------------------------------------
 
-def train(path: Path | None, each_tenth=None) -> torch.Tensor:
-    """-> the losses of 100 steps. With a path, the state is saved every 8 steps."""
-    from tiny.synthetic import SyntheticClips
-    from train_tiny import Batches, fit, reconstruction_loss
+class Deadly(Batches):
+    """Batches that kill the process at step 10."""
 
+    def __getitem__(self, step):
+        if step == 10:
+            os.kill(os.getpid(), 9)
+        return super().__getitem__(step)
+
+
+def train(path: Path | None, batches=Batches) -> torch.Tensor:
+    """-> the losses of 100 steps. With a path, the state is saved every 8 steps."""
     config = VideoMAEConfig.preset("tiny")
     torch.manual_seed(0)
     model = VideoMAEForPreTraining(config).to(DEVICE)
-    batches = Batches(SyntheticClips(64, config, seed=0), torch.arange(64), batch=8)
+    batches = batches(SyntheticClips(64, config, seed=0), torch.arange(64), batch=8)
     loss_of = partial(reconstruction_loss, grid=config.grid, mask="tube", mask_ratio=0.75)
-    return fit(model, batches, loss_of, steps=100, lr=1e-3, path=path, save_every=8,
-               each_tenth=each_tenth)
+    return fit(model, batches, loss_of, steps=100, lr=1e-3, path=path, save_every=8)
 
 
 def kill_and_resume():
     """Kill a process at step 10, resume it and compare its losses with an uninterrupted run's."""
     whole, path = train(None), Path("state.pt")
-    code = "import gpu, os; gpu.train(gpu.Path('state.pt'), lambda _: os.kill(os.getpid(), 9))"
+    code = "import gpu; gpu.train(gpu.Path('state.pt'), gpu.Deadly)"
     killed = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode
     step = torch.load(path, weights_only=True, map_location="cpu")["step"]
     resumed = train(path)
@@ -134,8 +141,7 @@ def kill_and_resume():
 
 def feed(folder: str, steps: int):
     """Time the reading of training batches of the GPU recipe, without training."""
-    from tiny.videos import load_videos
-    from train_tiny import VIDEOS_ON_GPU, Batches
+    from tiny.videos import load_videos  # needs PyAV
 
     config = VideoMAEConfig.preset(VIDEOS_ON_GPU.model)
     clips, _ = load_videos(folder, config, VIDEOS_ON_GPU.fps)

@@ -9,18 +9,19 @@ def read_options(defaults, argv: list[str], description: str) -> tuple:
     """Parse argv -> a dataclass like `defaults`, and {option: value} of the changed options.
 
     Each field with a comment is an option, with the comment as its help. A comment on its own line
-    is the title of a group. Numbers are at least 0, or whatever the help says: "at least 1".
+    is the title of a group; in one that ends in "without --data", options are refused with --data.
+    Numbers are at least 0, or whatever the help says: "at least 1".
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds, helps = get_type_hints(type(defaults)), {}
+    kinds, helps, groups = get_type_hints(type(defaults)), {}, {}
     for line in inspect.getsource(type(defaults)).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         if found := re.fullmatch(r"    (\w+): .+  # (.+)", line):
             name, default = found[1].replace("_", "-"), getattr(defaults, found[1])
-            helps[name], kind = found[2], kinds[found[1]]
+            helps[name], groups[name], kind = found[2], group.title, kinds[found[1]]
             how = dict(type=kind, metavar="X")
             if kind is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
@@ -41,4 +42,8 @@ def read_options(defaults, argv: list[str], description: str) -> tuple:
                 raise ValueError(f"--{name}: got {value}, expected at {word} {bound}")
         if value != getattr(defaults, key):
             changed[name] = value
+    for name in changed:
+        need = re.search(r"(with|without) --(\w+)$", groups[name])
+        if need and (need[1] == "with") != (need[2] in changed):
+            raise ValueError(f"--{name}: is for runs {need[0]}")
     return type(defaults)(**vars(values)), changed

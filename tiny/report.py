@@ -2,82 +2,80 @@
 
     python -m tiny.report runs/A runs/B ...     one table of several runs, mean ± std
 """
+import copy
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from checkpoints import write_atomic
 from videomae import VideoMAEForPreTraining, random_mask, reconstruct
 
-ROWS = {  # name in results.json -> name in the table, and the stages it took
+WAYS = {  # name in results.json -> name in the table, and the stages it took
     "from scratch": ("from scratch", ["from scratch"]),
-    "linear probe": ("pretrained, linear probe", ["pretraining"]),
-    "fine-tuning": ("pretrained, fine-tuned", ["pretraining", "fine-tuning"]),
+    "linear probe": ("pretrained ({}), linear probe", ["pretraining"]),
+    "fine-tuning": ("pretrained ({}), fine-tuned", ["pretraining", "fine-tuning"]),
     "majority class": ("majority class (chance)", []),
 }
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2 to 10 values
 
+
+# ---- Pictures -----------------------------------------------------------------------------------
 
 def draw_reconstruction(model: VideoMAEForPreTraining, clips, mask: str, mask_ratio: float,
-                        path: Path, count: int = 4):
-    """An animated GIF with a column for each of `count` clips, always the same ones with the same
-    mask: the clip, what the encoder sees, and the reconstruction."""
+                        path: Path, index: int = 0):
+    """An animated GIF of a clip: as it is, what the encoder sees, and what is filled in, without
+    a model and with it. The same index gives the same mask."""
     config = model.config
     if model.decoder.head.out_features != config.patch_dim:
         return  # it predicts something other than pixels
-    indices = torch.linspace(0, len(clips.labels) - 1, count).long().unique().tolist()
-    views = [clips.test_views(i) for i in indices]
-    pixel_values = torch.stack([view[len(view) // 2] for view in views])  # (B, T, 3, H, W)
+    views = clips.test_views(index)
+    pixel_values = views[len(views) // 2][None]  # (1, T, 3, H, W)
     with torch.random.fork_rng(devices=[]):  # of the CPU only
-        torch.manual_seed(0)
-        masked = random_mask(mask, len(indices), config.grid, mask_ratio)  # (B, N)
-    share = masked.float().mean()
-    text = f"Held-out clips, {share:.0%} masked ({mask}). Orange: edge of the masked area"
-    if config.norm_pix_loss:
-        text += ",\nwhose patches take mean and contrast from the clip (norm_pix_loss)"
-    pictures = draw_rows(model, pixel_values, masked)
-    pictures = rearrange(pictures, "rows b t h w c -> t (rows h) (b w) c")
-    save_gif(pictures, ["clip", "visible", "reconstruction"], f"{text}.", path)
+        torch.manual_seed(index)
+        masked = random_mask(mask, 1, config.grid, mask_ratio)  # (1, N)
+    titles = ["clip", f"seen: {1 - masked.float().mean():.0%}", "mean colours, no model",
+              "filled in by the model"]
+    save_gif(draw_panels(model, pixel_values, masked)[:, 0], titles, Path(path))
 
 
-def draw_rows(model: VideoMAEForPreTraining, pixel_values: Tensor, masked: Tensor) -> Tensor:
-    """pixel_values (B, T, 3, H, W), masked (B, N) -> (3, B, T, h, w, 3) uint8, enlarged if small:
-    the clips, what the encoder sees, and the reconstructions with predicted patches outlined."""
-    config, device = model.config, next(model.parameters()).device
-    videos = torch.stack(reconstruct(model.eval(), pixel_values.to(device), masked))
-    zoom = max(1, round(128 / pixel_values.shape[-1]))
-    videos = repeat(videos.float().clamp(0, 1).cpu(), "rows b t c h w -> rows b t (h zh) (w zw) c",
-                    zh=zoom, zw=zoom)
-    side = config.patch_size * zoom
-    masked = repeat(masked.unflatten(1, config.grid), "b t h w -> b (t pt) (h ph) (w pw)",
-                    pt=config.tubelet_size, ph=side, pw=side)
-    others = F.pad((~masked).float(), (1, 1, 1, 1), value=1.0)
-    is_edge = masked & (F.max_pool2d(others, kernel_size=3, stride=1) > 0)
-    videos[2][is_edge] = torch.tensor([1.0, 0.6, 0.1])  # orange
-    return (255 * videos).byte()
+def draw_panels(model: VideoMAEForPreTraining, pixel_values: Tensor, masked: Tensor) -> Tensor:
+    """pixel_values (B, T, 3, H, W), masked (B, N) -> (4, B, T, H, W, 3) uint8: the clips, what the
+    encoder sees, the means of the masked patches, and the reconstructions.
+
+    With `norm_pix_loss`, a reconstruction takes the mean and the contrast of each patch from the
+    clip itself. The third panel shows what that alone gives, as if the model predicted zeros."""
+    pixel_values = pixel_values.to(next(model.parameters()).device)
+    no_model = copy.deepcopy(model.eval())
+    for x in no_model.decoder.head.parameters():
+        nn.init.zeros_(x)
+    clip, seen, reconstruction = reconstruct(model, pixel_values, masked)
+    panels = torch.stack([clip, seen, reconstruct(no_model, pixel_values, masked)[2],
+                          reconstruction])
+    panels = rearrange(panels, "panels b t c h w -> panels b t h w c")
+    return (255 * panels.float().clamp(0, 1).cpu()).byte()
 
 
-def save_gif(pictures: Tensor, rows: list[str], text: str, path: Path):
-    """pictures (T, H, W, 3) uint8, with row names at the left and two lines of text below."""
-    from PIL import Image, ImageDraw
+def save_gif(panels: Tensor, titles: list[str], path: Path, width: int = 224):
+    """panels (n, T, H, W, 3) uint8 -> an animation of them side by side, each below its title."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    (_, height, width, _), margin, images = pictures.shape, 90, []
-    for picture in pictures.numpy():
-        image = Image.new("RGB", (margin + width, height + 36), "white")
-        image.paste(Image.fromarray(picture), (margin, 0))
-        draw = ImageDraw.Draw(image)
-        for row, name in enumerate(rows):
-            draw.text((4, (row + 0.5) * height / len(rows) - 6), name, fill="black")
-        draw.text((margin, height + 2), text, fill="black")
-        images.append(image)
-    pause = [300] * (len(images) - 1) + [1500]  # milliseconds
-    write_atomic(Path(path), lambda file: images[0].save(
-        file, "GIF", save_all=True, append_images=images[1:], duration=pause, loop=0))
+    height, font = width * panels.shape[2] // panels.shape[3], ImageFont.load_default(16)
+    pictures = []
+    for frames in panels.unbind(dim=1):
+        picture = Image.new("RGB", (len(titles) * (width + 6) - 6, height + 24), "white")
+        for x, (frame, title) in enumerate(zip(frames, titles, strict=True)):
+            frame = Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(frame, (x * (width + 6), 24))
+            ImageDraw.Draw(picture).text((x * (width + 6), 2), title, "black", font)
+        pictures.append(picture)
+    pause = [200] * (len(pictures) - 1) + [1000]  # milliseconds
+    write_atomic(path, lambda file: pictures[0].save(
+        file, "GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0))
 
 
 def draw_curves(results: dict, path: Path):
@@ -96,27 +94,52 @@ def draw_curves(results: dict, path: Path):
     write_atomic(path, lambda file: figure.savefig(file, format="png"))
 
 
+# ---- Tables -------------------------------------------------------------------------------------
+
 def table(runs: list[dict]) -> str:
-    """Contents of results.json files -> a Markdown table: for each way to train, mean ± std over
-    the runs, and the mean seconds."""
+    """Contents of results.json files -> a Markdown table with a row for each way to train, and the
+    mean ± std over seeds. Several seeds also show the gain over training from scratch."""
     columns = {"top1": "top-1, %", "mean_class": "mean class accuracy, %"}
     if not runs[0]["recipe"]["data"]:
         del columns["mean_class"]  # synthetic classes are of about equal size
     labels, *others = {run["recipe"]["labels_per_class"] for run in runs}
     if others:
         raise ValueError(f"runs: got {labels} and {others[0]} labels per class, expected the same")
+
+    rows = {}  # name -> way, stages, {seed: results}
+    for way, (name, stages) in WAYS.items():
+        for run in runs:
+            recipe = run["recipe"]
+            row = name.format(recipe["init"] or f"{recipe['pretrain_steps']:,} steps")
+            if way in run["results"]:
+                rows.setdefault(row, (way, stages, {}))[2][recipe["seed"]] = run["results"]
+    _, _, scratch = rows.get("from scratch", ("", [], {}))
+
+    several = len({run["recipe"]["seed"] for run in runs}) > 1
     title = f"{labels} label{'s' * (labels > 1)} per class" if labels else "all labels"
-
-    def values(way, key):
-        return [run["results"][way][key] for run in runs if key in run["results"].get(way, {})]
-
-    lines = [[title, *columns.values(), "seconds"], ["---"] * (len(columns) + 2)]
-    for way, (name, took) in ROWS.items():
-        if way in runs[0]["results"]:
-            seconds = [f"{np.mean(values(x, 'seconds')):.0f}" for x in took if values(x, "seconds")]
-            cells = [mean_and_std(values(way, column)) for column in columns]
-            lines.append([name, *cells, " + ".join(seconds)])
+    gain = ["gain over from scratch, 95 % interval"] * several
+    lines = [[title, *columns.values(), *gain, "seconds"]]
+    lines += [["---"] * len(lines[0])]
+    for name, (way, stages, seeds) in rows.items():
+        cells = [mean_and_std([x[way][column] for x in seeds.values()]) for column in columns]
+        both = seeds.keys() & scratch.keys() if stages[:1] == ["pretraining"] else ()
+        gain = paired([seeds[seed][way]["top1"] for seed in both],
+                      [scratch[seed]["from scratch"]["top1"] for seed in both])
+        times = [[x[stage]["seconds"] for x in seeds.values() if stage in x] for stage in stages]
+        seconds = " + ".join(f"{np.mean(x):.0f}" for x in times if x)
+        lines.append([name, *cells, *[gain] * several, seconds])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def paired(ours: list[float], theirs: list[float]) -> str:
+    """The mean difference of runs that share a seed, with Student's 95 % interval."""
+    differences = np.subtract(ours, theirs)
+    if len(differences) < 2:
+        return ""
+    mean, count = differences.mean(), len(differences)
+    half = T95[count - 2] * differences.std(ddof=1) / count ** 0.5
+    verdict = "" if abs(mean) > half else ", no clear difference"
+    return f"{mean:+.1f} [{mean - half:.1f}, {mean + half:.1f}]{verdict}"
 
 
 def mean_and_std(values: list[float]) -> str:
