@@ -1,11 +1,10 @@
 """Compare a changed model with the original over several seeds, for 05_change_it.ipynb.
 
 `run` pretrains, probes, fine-tunes and tests with one seed. `show` and `table` report the results,
-and whether the difference is clear.
+and the 95 % intervals of the differences.
 """
 import inspect
 import os
-import statistics
 import time
 from dataclasses import replace
 from functools import cache, partial
@@ -14,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from tiny.evaluate import accuracies, choose_labelled, linear_probe, probabilities
-from tiny.report import mean_and_std
+from tiny.report import mean_and_std, paired
 from tiny.synthetic import TEST_SEED, SyntheticClips
 from train_tiny import Batches, classification_loss, fit
 from videomae import (
@@ -130,17 +129,6 @@ def draw_masks(clip, masks: dict):
 
 # ---- Differences --------------------------------------------------------------------------------
 
-def difference(ours: list[float], theirs: list[float]) -> str:
-    """The mean difference paired by seed, and the verdict of Student's t test at 5 %."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, std = statistics.mean(differences), statistics.stdev(differences)
-    critical = {2: 8.98, 3: 2.48, 4: 1.59, 5: 1.24, 6: 1.05, 7: 0.92, 8: 0.84}[len(differences)]
-    verdict = "higher" if mean > 0 else "lower"
-    if abs(mean) <= critical * std:
-        verdict = "no clear difference"
-    return f"{mean:+.1f} ± {std:.1f}, {verdict}"
-
-
 def values(runs: list[dict], key: str) -> list[float]:
     return [result[key] for result in runs]
 
@@ -149,7 +137,7 @@ def show(results: dict, name: str, other: str = "original"):
     """Print a change's measures and how they differ from those of another."""
     for measure, text in MEASURES.items():
         ours, theirs = (values(results[x], measure) for x in (name, other))
-        compared = f"; against {other}: {difference(ours, theirs)}" if name != other else ""
+        compared = f"; against {other}: {paired(ours, theirs)}" if name != other else ""
         print(f"{text:13} {mean_and_std(ours)} %{compared}")
 
 
@@ -163,7 +151,7 @@ def table(results: dict, definitions: dict) -> str:
         cells = [name, str(count_lines(*definitions.get(name, ())) or ""), minutes]
         for measure in MEASURES:
             ours, theirs = values(runs, measure), values(results["original"], measure)
-            compared = difference(ours, theirs) if name != "original" else ""
+            compared = paired(ours, theirs) if name != "original" else ""
             cells += [mean_and_std(ours), compared]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny.report import draw_rows  # noqa: E402
+from tiny.report import T95, draw_panels  # noqa: E402
 from tiny.synthetic import TEST_SEED, SyntheticClips  # noqa: E402
 from videomae import VideoMAEForPreTraining, random_mask  # noqa: E402
 
@@ -46,20 +46,41 @@ def draw_lines(axis, points: dict, chance: float):
 
 
 def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
-    """One clip (1, T, 3, H, W) in axes (3, columns): the rows of `draw_rows`, a time step in each
-    column."""
+    """The panels of `draw_panels` for one clip (1, 1, T, 3, H, W), a frame in each row of axes."""
     torch.manual_seed(0)
     masked = random_mask("tube", 1, model.config.grid, mask_ratio=0.75)
-    videos = draw_rows(model, clip, masked)[:, 0]  # (3, T, H, W, 3)
-    labels = ("clip", f"what the encoder sees\n(tubes, {masked.float().mean():.0%} masked)",
-              "what the model fills in\n(orange: edge of the masked area)")
-    steps = torch.linspace(0, model.config.num_frames - 1, axes.shape[1]).round().long()
-    for row, video, label in zip(axes, videos, labels, strict=True):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
-        for axis, frame in zip(row, video[steps], strict=True):
-            axis.imshow(frame, interpolation="nearest")
+    panels = draw_panels(model, clip, masked)[:, 0]  # (4, T, H, W, 3)
+    titles = ("a clip it has not seen", "what the encoder sees\n(one quarter, in tubes)",
+              "filled in without a model\n(the mean of each patch)", "filled in by the model")
+    frames = torch.linspace(0, model.config.num_frames - 1, len(axes)).round().long()
+    for frame, row in zip(frames, axes, strict=True):
+        for panel, axis in zip(panels, row, strict=True):
+            axis.imshow(panel[frame], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=12)
+
+
+def draw_curve(axis, results: dict):
+    """Accuracy against minutes of pretraining: the mean over seeds, and its 95 % interval."""
+    for way in ("fine-tuned", "linear probe"):
+        minutes, values = results["minutes"], np.array(list(results[way].values()))
+        half = [T95[len(x) - 2] * np.std(x, ddof=1) / len(x) ** 0.5 for x in values]
+        axis.errorbar(minutes, values.mean(axis=1), half, color=COLOURS[way], marker="o",
+                      capsize=4, label=f"pretrained, {way}")
+    scratch = results["from scratch"]
+    half = T95[len(scratch) - 2] * np.std(scratch, ddof=1) / len(scratch) ** 0.5
+    axis.axhline(np.mean(scratch), color=COLOURS["from scratch"], label="from scratch")
+    axis.axhspan(np.mean(scratch) - half, np.mean(scratch) + half, color="#dddddd")
+    axis.axhline(results["chance"], color="black", linestyle="--", linewidth=1, label="chance")
+    axis.set(xlabel="minutes of pretraining without labels", ylim=(0, 100), xscale="log")
+    axis.set_xticks(minutes, [f"{x:g}" for x in minutes])
+    axis.minorticks_off()
+    axis.set_title(f"Accuracy with one label per class, %\n({len(scratch)} seeds, 95 % intervals)",
+                   fontsize=12)
+    axis.legend(loc="lower right", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_first_picture(results: dict) -> Figure:
@@ -67,16 +88,9 @@ def draw_first_picture(results: dict) -> Figure:
     model = VideoMAEForPreTraining.from_pretrained(ROOT / "tiny/pretrained")
     clips = SyntheticClips(32, model.config, TEST_SEED)
     figure = Figure(figsize=(13, 4.6), dpi=100, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
-    draw_still(left.subplots(3, 4), model, clips.test_views(EXAMPLE))
-    axis = right.subplots()
-    draw_bars(axis, results["synthetic"], {
-        "from scratch": "from scratch,\nas many steps in all",
-        "tubes, fine-tuned": "pretrained with tube\nmasks, fine-tuned",
-        "whole frames, fine-tuned": "pretrained with frame\nmasks, fine-tuned",
-    }, COLOURS["fine-tuned"])
-    axis.set_title("Accuracy with one label per class, %\n(dots: three seeds; dashed: chance)",
-                   fontsize=11)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.9, 1))
+    draw_still(left.subplots(2, 4), model, clips.test_views(EXAMPLE))
+    draw_curve(right.subplots(), results["drawn"])
     return figure
 
 
