@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN = .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 help:
-	@echo "make train      set up .venv, then train on synthetic clips: minutes on two CPU cores"
+	@echo "make train      set up .venv, then train on drawn clips: minutes on two CPU cores"
 	@echo "make test       set up .venv, then run the tests; CONSTRAINTS=constraints-oldest.txt sets up the oldest versions"
 	@echo "make lint       set up .venv, then run ruff"
 	@echo "make notebooks  set up .venv, then run the notebooks with few steps and save them in runs/notebooks/"
@@ -13,7 +13,15 @@ help:
 	@echo "make clean      remove .venv (runs/ stays)"
 
 train: .venv/ready
-	$(BIN)/python train_tiny.py
+	@echo "Two runs, one core each: one pretrains for minutes, one starts from tiny/drawn, which did for longer."
+	@$(MAKE) --no-print-directory -j2 minutes longer
+	$(BIN)/python -m tiny.report runs/minutes runs/longer
+
+minutes:
+	OMP_NUM_THREADS=1 $(BIN)/python train_tiny.py --scratch-steps 0 --name minutes
+
+longer: # through cat, so that its progress bar is off
+	OMP_NUM_THREADS=1 $(BIN)/python train_tiny.py --init tiny/drawn --name longer 2>&1 | cat
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q
@@ -41,4 +49,4 @@ hub: .venv/ready
 clean:
 	rm -rf .venv
 
-.PHONY: help train test lint notebooks gpu hub clean
+.PHONY: help train minutes longer test lint notebooks gpu hub clean
