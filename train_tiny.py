@@ -259,14 +259,14 @@ class Recipe:
     # Pretraining, without --init
     mask: Literal["tube", "random", "frame"] = "tube"  # tube: the same at every step; frame: steps
     mask_ratio: float = 0.75  # share that is masked, rounded down to whole tubes or steps
-    predict_every: int = 1  # predict one of so many masked patches, at least 1
+    predict_every: int = 2  # predict one of so many masked patches, at least 1
     extend: str = ""  # go on from a finished run's folder, for --pretrain-steps steps in all
-    pretrain_steps: int = 1600  # training steps, at least 1
+    pretrain_steps: int = 3200  # training steps, at least 1
     pretrain_batch: int = 32  # clips per step, across all processes, at least 1
     pretrain_lr: float = 7.5e-4  # peak learning rate; 1.5e-3 suits --mask frame
 
     # Fine-tuning, and training from scratch
-    finetune_steps: int = 300  # training steps; 0 = skip
+    finetune_steps: int = 600  # training steps; 0 = skip
     finetune_lr: float = 5e-4  # peak learning rate
     scratch_steps: int = 1900  # training steps from scratch; 0 = skip
     scratch_lr: float = 2.5e-4  # peak learning rate from scratch
