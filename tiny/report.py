@@ -79,18 +79,21 @@ def save_gif(panels: Tensor, titles: list[str], path: Path, width: int = 224):
 
 
 def draw_curves(results: dict, path: Path):
-    """The losses in results.json, smoothed."""
+    """The losses in results.json, smoothed: of pretraining, and of training with labels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), dpi=110, layout="tight")
-    axis = figure.subplots()
-    for way, result in results.items():
-        if losses := result.get("losses"):
-            steps, parts = np.arange(len(losses)), min(100, len(losses))
-            x, y = ([part.mean() for part in np.array_split(z, parts)] for z in (steps, losses))
-            axis.plot(x, y, label=way, linewidth=1)
-    axis.set(xlabel="step", ylabel="loss")
-    axis.legend(fontsize=7)
+    figure = Figure(figsize=(8, 3.2), dpi=110, layout="tight")
+    left, right = figure.subplots(1, 2)
+    for axis, ways in ((left, ["pretraining"]), (right, ["fine-tuning", "from scratch"])):
+        for way in ways:
+            if losses := results.get(way, {}).get("losses"):
+                steps, parts = np.arange(len(losses)), min(100, len(losses))
+                x, y = ([x.mean() for x in np.array_split(z, parts)] for z in (steps, losses))
+                axis.plot(x, y, label=way, linewidth=1)
+                axis.legend(fontsize=7)
+        axis.set(xlabel="step")
+    left.set_ylabel("error of predicted patches")
+    right.set_ylabel("cross-entropy")
     write_atomic(path, lambda file: figure.savefig(file, format="png"))
 
 
