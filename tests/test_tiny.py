@@ -219,8 +219,9 @@ def test_the_table_has_a_row_per_method_and_intervals_over_seeds():
         report.table(runs)
 
 
-def test_the_model_in_the_repository_has_the_loss_that_its_readme_reports():
-    folder = Path(__file__).parent.parent / "tiny/pretrained"
+@pytest.mark.parametrize("name", ["pretrained", "drawn"])
+def test_a_model_in_the_repository_has_the_loss_that_its_readme_reports(name):
+    folder = Path(__file__).parent.parent / "tiny" / name
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
     model = VideoMAEForPreTraining.from_pretrained(folder)
     clips = SyntheticClips(64, model.config, TEST_SEED)
