@@ -283,16 +283,17 @@ def processor_file(config: videomae.VideoMAEConfig) -> dict[str, bytes]:
 
 
 def make_config(values: dict, config: videomae.VideoMAEConfig | None, overrides: dict):
-    """`config`, or else the one in a config.json's `values`, with the caller's overrides."""
+    """`config`, or else that of a config.json's `values`, {} if missing, with the overrides."""
     published = None
     if values.get("model_type") == "videomae":
         published = videomae.VideoMAEConfig(**fields_from_json(videomae.VideoMAEConfig, values))
     config = config or published
     if config is None:
         raise ValueError(
-            "config: no config.json of a VideoMAE is there to say num_frames, image_size or "
-            'num_attention_heads; pass config=VideoMAEConfig.preset("base"), with the fields that '
-            "differ, or first run: python checkpoints.py SOURCE TARGET preset=base")
+            f"config: got model_type {values.get('model_type')} from config.json, expected videomae"
+            ", or else num_frames, image_size and heads are unknown; pass config=VideoMAEConfig."
+            'preset("base"), with the fields that differ, or first convert it with '
+            "python checkpoints.py SOURCE TARGET preset=base")
     if overrides.get("num_labels", config.num_labels) != config.num_labels:
         overrides = {"id2label": None} | overrides  # id2label names the old labels
     config = replace(config, **overrides)
@@ -321,8 +322,9 @@ def check_sizes(cls, config: videomae.VideoMAEConfig, state_dict: dict, weights:
         layers = [x.shape for name, x in weights.items()
                   if name.startswith(part) and name.endswith("mlp.fc1.weight")]
         if layers:
-            sizes[f"{prefix}intermediate_size"], sizes[f"{prefix}hidden_size"] = layers[0]
-            sizes[f"{prefix}num_hidden_layers"] = len(layers)
+            hidden_dim, width = layers[0]
+            sizes |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": hidden_dim,
+                      f"{prefix}num_hidden_layers": len(layers)}
     if issubclass(cls, videomae.VideoMAEForVideoClassification) and "classifier.weight" in weights:
         sizes["num_labels"] = len(weights["classifier.weight"])
     for field, size in sizes.items():
@@ -339,26 +341,26 @@ def load_model(cls, source, config=None, strict=True, ignore_mismatched_sizes=Fa
     config: a VideoMAEConfig, instead of the checkpoint's; a file without config.json needs it.
     strict: a missing, unknown or mismatched weight is an error; only a new head, and an unused
         head, norm or decoder, are logged. False loads the weights that fit and logs the rest.
-    ignore_mismatched_sizes: weights of a different shape are newly initialized and logged.
+    ignore_mismatched_sizes: a classifier of a different number of classes is newly initialized, as
+        it also is where num_labels or id2label is passed.
     dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
     options: fields of VideoMAEConfig, label2id, and HUB_OPTIONS."""
     if not isinstance(config, (videomae.VideoMAEConfig, type(None))):
         raise TypeError(f"config: got {type(config).__name__}, expected videomae.VideoMAEConfig")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    any_shape = ignore_mismatched_sizes or not strict
     overrides, hub = sort_options(videomae.VideoMAEConfig, options)
     state_dict, values = read_checkpoint(source, **hub)
     try:
         config = make_config(values, config, overrides)
         weights = convert_state_dict(state_dict)
-        head = weights.get("classifier.weight", ())
-        if "num_labels" in overrides and len(head) != config.num_labels:  # asks for a new head
+        wants_new_head = ignore_mismatched_sizes or "num_labels" in overrides
+        if wants_new_head and len(weights.get("classifier.weight", ())) != config.num_labels:
             weights = {name: x for name, x in weights.items() if not name.startswith("classifier.")}
-        if not any_shape:
+        if strict:
             check_sizes(cls, config, state_dict, weights)
         model = cls(config)
-        load_weights(model, weights, strict, any_shape)
+        load_weights(model, weights, strict)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source}: {error}") from error
     if dtype == "auto":
@@ -366,7 +368,7 @@ def load_model(cls, source, config=None, strict=True, ignore_mismatched_sizes=Fa
     return model.to(getattr(torch, dtype.removeprefix("torch."))).eval()
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, any_shape: bool):
+def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool):
     """Load weights into a model. New and unused ones are logged; if strict, any outside a head is
     an error. A head is used whole or not at all."""
     initial = model.state_dict()
@@ -379,12 +381,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, any
         raise ValueError("use_mean_pooling: got False, but the weights have no encoder.norm")
     new, unused = (ours - theirs) & {"classifier.", "fc_norm."}, theirs - ours
     reshaped = {name for name in initial.keys() & weights.keys()
-                if any_shape and initial[name].shape != weights[name].shape}
-    kept = {name: x for name, x in initial.items()
-            if name in reshaped or name.startswith(tuple(new))}
-    used = {name: x for name, x in weights.items() if not name.startswith(tuple(unused))}
+                if not strict and initial[name].shape != weights[name].shape}
+    used = {name: x for name, x in weights.items()
+            if name not in reshaped and not name.startswith(tuple(unused))}
+    kept = {name: x for name, x in initial.items() if name.startswith(tuple(new))}
     missing, unknown = model.load_state_dict(used | kept, strict=strict)
-    new, unused = sorted({*new, *reshaped, *missing}), sorted({*unused, *reshaped, *unknown})
+    new, unused = sorted({*new, *missing}), sorted({*unused, *reshaped, *unknown})
     if new or unused:
         logger.warning(f"{type(model).__name__}: newly initialized: {new}, not used: {unused}")
 
