@@ -204,8 +204,8 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 NO_EFFECT = {"attn_implementation", "label2id", "low_cpu_mem_usage", "trust_remote_code",
              "use_fast", "use_safetensors", "weights_only"}  # ignored; split_fields reads label2id
-REFUSED = {"quantization_config", "pruned_heads",  # in a config.json, if set: not implemented
-           "offset"}  # in a preprocessor_config.json; so are other steps, such as do_pad
+REFUSED = {"quantization_config", "pruned_heads",  # in a config.json, unless empty or false
+           "default_to_square", "offset"}  # in a preprocessor_config.json, as are other do_...
 
 
 def split_fields(cls, values: dict) -> tuple[dict, dict]:
