@@ -297,13 +297,13 @@ def make_config(values: dict, config: videomae.VideoMAEConfig | None, overrides:
     if overrides.get("num_labels", config.num_labels) != config.num_labels:
         overrides = {"id2label": None} | overrides  # id2label names the old labels
     config = replace(config, **overrides)
-    if published and "position_grid" not in overrides:
+    if published and "position_grid" not in overrides:  # then positions may not change
         old, new = (tuple(c.position_grid or c.grid) for c in (published, config))
         if old != new:
             raise ValueError(
                 f"position_grid: config.json says num_frames={published.num_frames} and image_size="
-                f"{published.image_size}, a grid of {old}, and the options ask for {new}; omit them"
-                f", or pass position_grid={old} to interpolate the positions, or None for new ones")
+                f"{published.image_size}, a grid of {old}, and {new} is asked for; keep these two, "
+                f"or pass position_grid={old} to interpolate the positions, or None for new ones")
     if config.num_patches > 100_000:  # would exhaust the memory
         raise ValueError(f"num_frames, image_size: got {config.num_patches} patches, too many")
     return config
@@ -414,13 +414,15 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
 
 def main(source: str, target: str | None = None, preset: str | None = None, **options):
     """Describe a checkpoint, check for NaN and inf, and write it to `target` for transformers."""
-    config = videomae.VideoMAEConfig.preset(preset) if preset else None
-    path = find(source, **{name: options[name] for name in HUB_OPTIONS & options.keys()})
+    known, hub = sort_options(videomae.VideoMAEConfig, options)
+    path = find(source, **hub)
     names = convert_state_dict(read_checkpoint(path)[0])
     kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,
              "classifier.weight": videomae.VideoMAEForVideoClassification}
     cls = next((kind for name, kind in kinds.items() if name in names), videomae.VideoMAEModel)
-    model = cls.from_pretrained(source, config=config, **options)
+    if preset:  # says what the file is, not what to change
+        known = {"config": videomae.VideoMAEConfig.preset(preset, **known)}
+    model = cls.from_pretrained(path, **known)
     count = sum(x.numel() for x in model.parameters())
     print(f"{source}: {cls.__name__}, {count / 1e6:.2f} M parameters\n{model.config}")
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:

@@ -344,6 +344,13 @@ def test_sizes_in_the_weights_must_be_the_config_s(tmp_path):
     assert model.classifier.out_features == 7
 
 
+def test_the_presets_have_the_published_numbers_of_heads():
+    """Weights do not tell it, so that a wrong number would load."""
+    heads = {name: (config["num_attention_heads"], config["decoder_num_attention_heads"])
+             for name, config in videomae.PRESETS.items() if name not in ("tiny", "laptop")}
+    assert heads == dict(small=(6, 3), base=(12, 6), large=(16, 8), huge=(16, 8), giant=(16, 8))
+
+
 def test_the_model_is_preferred_to_its_ema_and_names_must_differ(tmp_path):
     _, weights, config = authors("finetune")
     ema = {name: x + 1 for name, x in weights.items()}
@@ -575,6 +582,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         checkpoints.main(GOLDEN / name)
         output = capsys.readouterr().out
         assert kind.__name__ in output and "hidden_size=48" in output
+    classifier = authors_file(tmp_path / "finetuned.pth", authors("finetune")[1])
     broken = safetensors.load_file(new / "model.safetensors")
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
@@ -583,6 +591,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
         ([new], {"image_sise": 32}, "image_sise"),
         ([good, new, "tiny"], known, "new/model.safetensors"),
+        ([classifier, None, "tiny"], known | {"num_labels": 5}, "use_mean_pooling"),
+        ([classifier, None, "tiny"], known | {"num_labels": 7}, "num_labels.* 7,.* 5$"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             checkpoints.main(*paths, **fields)
