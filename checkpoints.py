@@ -236,7 +236,7 @@ def sort_options(cls, options: dict) -> tuple[dict, dict]:
 
 def fields_from_json(cls, values: dict) -> dict:
     """JSON of any transformers version -> fields of dataclass `cls`, unknown ones in "extra".
-    Unknown ones that would change the numbers are refused."""
+    Unknown ones that would change the outputs are refused."""
     known, extra = split_fields(cls, values)
     for name, x in extra.items():
         if x and (name in REFUSED or name.startswith("do_")):
@@ -301,35 +301,38 @@ def make_config(values: dict, config: videomae.VideoMAEConfig | None, overrides:
         old, new = (tuple(c.position_grid or c.grid) for c in (published, config))
         if old != new:
             raise ValueError(
-                f"position_grid: config.json says num_frames={published.num_frames} and image_size="
-                f"{published.image_size}, a grid of {old}, and {new} is asked for; keep these two, "
-                f"or pass position_grid={old} to interpolate the positions, or None for new ones")
+                f"position_grid: the positions are of grid {old}, by config.json with num_frames="
+                f"{published.num_frames} and image_size={published.image_size}, but {new} is asked "
+                f"for; keep both fields, or pass position_grid={old} to interpolate the positions, "
+                "or None for new ones")
     if config.num_patches > 100_000:  # would exhaust the memory
         raise ValueError(f"num_frames, image_size: got {config.num_patches} patches, too many")
     return config
 
 
 def check_sizes(cls, config: videomae.VideoMAEConfig, state_dict: dict, weights: dict):
-    """Raise unless weights, as saved and as converted, have the sizes that a config says."""
-    sizes = {}
+    """Raise unless a config says what weights, as saved and as converted, tell of a `cls`."""
+    told = {}
     for x in state_dict.values():
         if x.ndim == 5:  # the Conv3d of published files, (D, C, pt, ph, pw)
-            sizes = dict(num_channels=x.shape[1], tubelet_size=x.shape[2], patch_size=x.shape[3])
-    parts = [("videomae.", "")]
+            told = dict(num_channels=x.shape[1], tubelet_size=x.shape[2], patch_size=x.shape[3])
+    parts = {"videomae.": ""}
     if issubclass(cls, videomae.VideoMAEForPreTraining):
-        parts.append(("decoder.", "decoder_"))
-    for part, prefix in parts:
+        parts["decoder."] = "decoder_"
+    for part, prefix in parts.items():
         layers = [x.shape for name, x in weights.items()
                   if name.startswith(part) and name.endswith("mlp.fc1.weight")]
         if layers:
             hidden_dim, width = layers[0]
-            sizes |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": hidden_dim,
-                      f"{prefix}num_hidden_layers": len(layers)}
-    if issubclass(cls, videomae.VideoMAEForVideoClassification) and "classifier.weight" in weights:
-        sizes["num_labels"] = len(weights["classifier.weight"])
-    for field, size in sizes.items():
-        if size != getattr(config, field):
-            raise ValueError(f"{field}: got {getattr(config, field)}, but the weights have {size}")
+            told |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": hidden_dim,
+                     f"{prefix}num_hidden_layers": len(layers)}
+    if "fc_norm.weight" in weights:
+        told["use_mean_pooling"] = True
+    if "classifier.weight" in weights and issubclass(cls, videomae.VideoMAEForVideoClassification):
+        told["num_labels"] = len(weights["classifier.weight"])
+    for field, value in told.items():
+        if value != getattr(config, field):
+            raise ValueError(f"{field}: got {getattr(config, field)}, but the weights say {value}")
 
 
 # ---- Models -------------------------------------------------------------------------------------
@@ -377,8 +380,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool):
 
     ours, theirs = ({head for head in HEADS if any(name.startswith(head) for name in names)}
                     for names in (initial, weights))
-    if strict and any(head.endswith("encoder.norm.") for head in ours - theirs):
-        raise ValueError("use_mean_pooling: got False, but the weights have no encoder.norm")
     new, unused = (ours - theirs) & {"classifier.", "fc_norm."}, theirs - ours
     reshaped = {name for name in initial.keys() & weights.keys()
                 if not strict and initial[name].shape != weights[name].shape}

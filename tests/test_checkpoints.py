@@ -290,11 +290,6 @@ def test_authors_classifier_in_wrappers(wrapper, prefix, tmp_path):
     logits = model(normalize(golden["frames"])).logits
     check_same("authors' classifier file", {"logits": (logits, golden["logits"])})
 
-    model.save_pretrained(tmp_path / "saved")
-    again = VideoMAEForVideoClassification.from_pretrained(tmp_path / "saved")
-    assert same_weights(again.state_dict(), model.state_dict())
-    assert again.config.head_norm_eps == 1e-6
-
 
 def test_a_config_is_asked_for_and_not_guessed(tmp_path):
     """Neither a bare file nor another model's config.json says frames, size and heads."""
@@ -374,9 +369,8 @@ def test_own_weights(cls, tmp_path):
     for name in ("weights.pt", "state.pt", "checkpoint-500"):
         refused(f"{name}.*config=", tmp_path / name, cls)
         again = cls.from_pretrained(tmp_path / name, config=config, drop_path_rate=0.1)
-        assert again.config.drop_path_rate == 0.1
-        again = cls.from_pretrained(tmp_path / name, config=config)
-        assert again.config == config and same_weights(again.state_dict(), model.state_dict())
+        assert again.config == replace(config, drop_path_rate=0.1)
+        assert same_weights(again.state_dict(), model.state_dict())
     encoder = VideoMAEModel.from_pretrained(tmp_path / "state.pt", config=config)
     assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
@@ -592,7 +586,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ([new], {"image_sise": 32}, "image_sise"),
         ([good, new, "tiny"], known, "new/model.safetensors"),
         ([classifier, None, "tiny"], known | {"num_labels": 5}, "use_mean_pooling"),
-        ([classifier, None, "tiny"], known | {"num_labels": 7}, "num_labels.* 7,.* 5$"),
+        ([classifier, None, "tiny"], known | dict(num_labels=7, use_mean_pooling=True),
+         "num_labels.* 7,.* 5$"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             checkpoints.main(*paths, **fields)
