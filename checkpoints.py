@@ -289,11 +289,11 @@ def make_config(values: dict, config: videomae.VideoMAEConfig | None, overrides:
         published = videomae.VideoMAEConfig(**fields_from_json(videomae.VideoMAEConfig, values))
     config = config or published
     if config is None:
+        kind = values.get("model_type", "no model_type") if values else "no config.json"
         raise ValueError(
-            f"config: got model_type {values.get('model_type')} from config.json, expected videomae"
-            ", or else num_frames, image_size and heads are unknown; pass config=VideoMAEConfig."
-            'preset("base"), with the fields that differ, or first convert it with '
-            "python checkpoints.py SOURCE TARGET preset=base")
+            f"config: got {kind}, so num_frames, image_size and the numbers of heads are unknown; "
+            'pass config=VideoMAEConfig.preset("base"), with the fields that differ, or first '
+            "convert it with python checkpoints.py SOURCE TARGET preset=base")
     if overrides.get("num_labels", config.num_labels) != config.num_labels:
         overrides = {"id2label": None} | overrides  # id2label names the old labels
     config = replace(config, **overrides)
@@ -416,6 +416,7 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
 def main(source: str, target: str | None = None, preset: str | None = None, **options):
     """Describe a checkpoint, check for NaN and inf, and write it to `target` for transformers."""
     known, hub = sort_options(videomae.VideoMAEConfig, options)
+    fields_from_json(videomae.VideoMAEConfig, known)  # raises for a value of the wrong type
     path = find(source, **hub)
     names = convert_state_dict(read_checkpoint(path)[0])
     kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,

@@ -81,7 +81,8 @@ def run(model):
 def mutate(content: bytes, is_json: bool, rng: random.Random) -> bytes:
     if is_json and rng.random() < 0.7:
         values = json.loads(content)
-        names = [*values, "num_labels", "qv_bias", "position_grid", "layer_norm_eps", "extra"]
+        names = [*values, "num_labels", "qv_bias", "position_grid", "layer_norm_eps", "extra",
+                 "pruned_heads", "do_pad", "image_processor_type"]
         for _ in range(rng.choice((1, 1, 2))):
             values[rng.choice(names)] = rng.choice(ODD_VALUES)
         return json.dumps(values).encode()
