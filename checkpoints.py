@@ -5,8 +5,9 @@
 
 SOURCE is a directory written by transformers 4 or 5, a hub id such as MCG-NJU/videomae-base, or a
 file from the authors or VideoMAE V2 (.pth, .pt, .bin, .safetensors). Loading never executes code
-from a file. Pass settings that a file lacks as fields of VideoMAEConfig with values in JSON,
-such as num_attention_heads=3. Needs safetensors and videomae.py.
+from a file. Fields are those of VideoMAEConfig, such as num_frames=8, with values in JSON. A file
+without a config.json also needs a name in videomae.PRESETS, such as preset=base; classifiers of the
+authors and V2 need use_mean_pooling=true and num_labels as well. Needs safetensors and videomae.py.
 """
 import json
 import logging
@@ -14,7 +15,6 @@ import os
 import re
 import sys
 import threading
-import warnings
 import zipfile
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -204,14 +204,14 @@ def write_new(directory: str | os.PathLike, contents: dict[str, bytes]):
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 NO_EFFECT = {"attn_implementation", "label2id", "low_cpu_mem_usage", "trust_remote_code",
              "use_fast", "use_safetensors", "weights_only"}  # ignored; split_fields reads label2id
-OTHER_FIELDS = {"qkv_bias": "qv_bias",  # transformers 4 and every file on the hub
-                "img_size": "image_size", "num_heads": "num_attention_heads"}  # VideoMAE V2
+REFUSED = {"quantization_config", "pruned_heads",  # in a config.json, unless empty or false
+           "default_to_square", "offset"}  # in a preprocessor_config.json, as are other do_...
 
 
 def split_fields(cls, values: dict) -> tuple[dict, dict]:
     """Settings under any of their names -> fields of dataclass `cls`, and the rest. Labels may be a
     list, a dict with number keys (strings in JSON), or label2id alone."""
-    values = {OTHER_FIELDS.get(name, name): x for name, x in values.items()}
+    values = {"qv_bias" if name == "qkv_bias" else name: x for name, x in values.items()}
     labels = values.get("id2label")
     if not labels and isinstance(values.get("label2id"), dict):
         labels = {number: name for name, number in values["label2id"].items()}
@@ -235,10 +235,12 @@ def sort_options(cls, options: dict) -> tuple[dict, dict]:
 
 
 def fields_from_json(cls, values: dict) -> dict:
-    """JSON of any transformers version -> fields of dataclass `cls`, unknown ones in "extra"."""
-    if values.get("model_type", "videomae") != "videomae":
-        raise ValueError(f"model_type: got {values['model_type']!r}, expected 'videomae'")
+    """JSON of any transformers version -> fields of dataclass `cls`, unknown ones in "extra".
+    Unknown ones that would change the outputs are refused."""
     known, extra = split_fields(cls, values)
+    for name, x in extra.items():
+        if x and (name in REFUSED or name.startswith("do_")):
+            raise ValueError(f"{name}: got {x!r}, which is not supported")
     for f in fields(cls):
         if f.name in known and not fits(known[f.name], f.type):
             kind = getattr(f.type, "__name__", f.type)  # int, but also int | None
@@ -260,17 +262,10 @@ def fits(value, kind) -> bool:
 
 # ---- Configs ------------------------------------------------------------------------------------
 
-PUBLISHED_SIZE = dict(num_frames=16, image_size=224)
-
-
-def config_fields(config: videomae.VideoMAEConfig) -> dict:
-    """The dataclass fields, without attributes added by others such as transformers' Trainer."""
-    return {f.name: getattr(config, f.name) for f in fields(config)}
-
-
 def config_to_json(config: videomae.VideoMAEConfig) -> dict:
     """The contents of a config.json that every transformers version reads."""
-    values = config_fields(config)
+    # Not vars(config), to which others such as transformers' Trainer add attributes.
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
     del values["num_labels"]  # as in transformers, id2label implies it
     values |= dict(model_type="videomae", qkv_bias=values.pop("qv_bias"), label2id=config.label2id)
     return values.pop("extra") | values
@@ -287,136 +282,122 @@ def processor_file(config: videomae.VideoMAEConfig) -> dict[str, bytes]:
     return {PROCESSOR_FILE: json.dumps(values, indent=2).encode()}
 
 
-def infer_config(state_dict: dict[str, Tensor], **known) -> dict:
-    """Config fields from the weights' names and shapes, and the authors' eps. The others, unless
-    `known`, are assumed and logged: the published 16 frames of 224 x 224, and heads of width 64,
-    but at most 16 of them (8 in the decoder)."""
-    weights = convert_state_dict(state_dict)
-    conv = next((x for x in state_dict.values() if x.ndim == 5), None)  # (D, C, pt, ph, pw)
-    if conv is None:  # this project's own names
-        raise ValueError("config: cannot be inferred from these weights; pass VideoMAEConfig(...)")
-    told = dict(zip(("num_channels", "tubelet_size", "patch_size"), conv.shape[1:4], strict=True))
-    told |= dict(qv_bias="videomae.encoder.blocks.0.attn.q_bias" in weights,
-                 use_mean_pooling="videomae.encoder.norm.weight" not in weights,
-                 layer_norm_eps=1e-6, head_norm_eps=1e-6)
-    if "classifier.weight" in weights:
-        told["num_labels"] = len(weights["classifier.weight"])
+def make_config(values: dict, config: videomae.VideoMAEConfig | None, overrides: dict):
+    """`config`, or else that of a config.json's `values`, {} if missing, with the overrides."""
+    published = None
+    if values.get("model_type") == "videomae":
+        published = videomae.VideoMAEConfig(**fields_from_json(videomae.VideoMAEConfig, values))
+    config = config or published
+    if config is None:
+        kind = values.get("model_type", "no model_type") if values else "no config.json"
+        raise ValueError(
+            f"config: got {kind}, so num_frames, image_size and the numbers of heads are unknown; "
+            'pass config=VideoMAEConfig.preset("base"), with the fields that differ, or first '
+            "convert it with python checkpoints.py SOURCE TARGET preset=base")
+    if overrides.get("num_labels", config.num_labels) != config.num_labels:
+        overrides = {"id2label": None} | overrides  # id2label names the old labels
+    config = replace(config, **overrides)
+    if published and "position_grid" not in overrides:  # then positions may not change
+        old, new = (tuple(c.position_grid or c.grid) for c in (published, config))
+        if old != new:
+            raise ValueError(
+                f"position_grid: the positions are of grid {old}, by config.json with num_frames="
+                f"{published.num_frames} and image_size={published.image_size}, but {new} is asked "
+                f"for; keep both fields, or pass position_grid={old} to interpolate the positions, "
+                "or None for new ones")
+    if config.num_patches > 100_000:  # would exhaust the memory
+        raise ValueError(f"num_frames, image_size: got {config.num_patches} patches, too many")
+    return config
 
-    assumed = dict(PUBLISHED_SIZE)
-    for part, prefix, most_heads in (("videomae", "", 16), ("decoder", "decoder_", 8)):
-        layers = [x for name, x in weights.items()
-                  if name.startswith(part) and name.endswith("fc1.weight")]
+
+def check_sizes(cls, config: videomae.VideoMAEConfig, state_dict: dict, weights: dict):
+    """Raise unless a config says what weights, as saved and as converted, tell of a `cls`."""
+    told = {}
+    for x in state_dict.values():
+        if x.ndim == 5:  # the Conv3d of published files, (D, C, pt, ph, pw)
+            told = dict(num_channels=x.shape[1], tubelet_size=x.shape[2], patch_size=x.shape[3])
+    parts = {"videomae.": ""}
+    if issubclass(cls, videomae.VideoMAEForPreTraining):
+        parts["decoder."] = "decoder_"
+    for part, prefix in parts.items():
+        layers = [x.shape for name, x in weights.items()
+                  if name.startswith(part) and name.endswith("mlp.fc1.weight")]
         if layers:
-            hidden_dim, width = layers[0].shape
+            hidden_dim, width = layers[0]
             told |= {f"{prefix}hidden_size": width, f"{prefix}intermediate_size": hidden_dim,
                      f"{prefix}num_hidden_layers": len(layers)}
-            heads = f"{prefix}num_attention_heads"
-            if width % 64 and heads not in known:
-                raise ValueError(f"{heads}: cannot be inferred from a width of {width}; pass it")
-            assumed[heads] = min(width // 64, most_heads)
-    if assumed := {name: x for name, x in assumed.items() if name not in known}:
-        logger.warning(f"the weights do not determine these fields, so they are assumed: {assumed}")
-    return told | assumed | known
-
-
-def make_config(cls, state_dict: dict[str, Tensor], values: dict, overrides: dict):
-    """A checkpoint's config, from the `values` of its config.json and the caller's overrides."""
-    is_v2 = isinstance(values.get("model_config"), dict)  # VideoMAE V2's, with few fields
-    known = fields_from_json(videomae.VideoMAEConfig, values["model_config"] if is_v2 else values)
-    if is_v2 or not values:
-        if not issubclass(cls, videomae.VideoMAEForPreTraining):  # the decoder is dropped
-            state_dict = {name: x for name, x in state_dict.items() if "decoder" not in name}
-        known = infer_config(state_dict, **overrides | known) | PUBLISHED_SIZE | known
-    published = videomae.VideoMAEConfig(**known)
-    if overrides.get("num_labels", published.num_labels) != published.num_labels:
-        overrides = {"id2label": None} | overrides  # id2label names the old labels
-    config = replace(published, **overrides)
-    if config.grid != published.grid and "position_grid" not in overrides:
-        grid = tuple(published.position_grid or published.grid)
-        raise ValueError(f"position_grid: the grid changes from {published.grid} to {config.grid}; "
-                         f"pass {grid} to interpolate the positions, or None for new ones")
-    layers = max(config.num_hidden_layers, config.decoder_num_hidden_layers)
-    if layers > 1000 or config.num_patches > 100_000:  # would exhaust the memory
-        raise ValueError(f"config: got {layers} layers and {config.num_patches} patches, too many")
-    return config
+    if "fc_norm.weight" in weights:
+        told["use_mean_pooling"] = True
+    if "classifier.weight" in weights and issubclass(cls, videomae.VideoMAEForVideoClassification):
+        told["num_labels"] = len(weights["classifier.weight"])
+    for field, value in told.items():
+        if value != getattr(config, field):
+            raise ValueError(f"{field}: got {getattr(config, field)}, but the weights say {value}")
 
 
 # ---- Models -------------------------------------------------------------------------------------
 
-def load_model(cls, source, strict=True, ignore_mismatched_sizes=False, config=None, dtype=None,
+def load_model(cls, source, config=None, strict=True, ignore_mismatched_sizes=False, dtype=None,
                torch_dtype=None, **options) -> nn.Module:
     """Load a checkpoint -> a model in evaluation mode, in float32 unless dtype is given.
 
+    config: a VideoMAEConfig, instead of the checkpoint's; a file without config.json needs it.
     strict: a missing, unknown or mismatched weight is an error; only a new head, and an unused
         head, norm or decoder, are logged. False loads the weights that fit and logs the rest.
-    ignore_mismatched_sizes: weights of a different shape are newly initialized and logged.
-    config: a VideoMAEConfig that overrides the checkpoint's.
+    ignore_mismatched_sizes: a classifier of a different number of classes is newly initialized, as
+        it also is where num_labels or id2label is passed.
     dtype, torch_dtype: for instance torch.float16, or "auto" for the checkpoint's.
     options: fields of VideoMAEConfig, label2id, and HUB_OPTIONS."""
     if not isinstance(config, (videomae.VideoMAEConfig, type(None))):
         raise TypeError(f"config: got {type(config).__name__}, expected videomae.VideoMAEConfig")
     dtype = str(dtype or torch_dtype or "float32").removeprefix("torch.")
     videomae.check_choice("dtype", dtype, ("float32", "float16", "bfloat16", "float64", "auto"))
-    if config:  # position_grid=None may just be the default
-        given = config_fields(config)
-        given = {name: x for name, x in given.items() if name != "position_grid" or x}
-        options = given | options
     overrides, hub = sort_options(videomae.VideoMAEConfig, options)
-    replaced = ("classifier.",) if "num_labels" in overrides else ()
-    if ignore_mismatched_sizes or not strict:
-        replaced = ("",)  # any
     state_dict, values = read_checkpoint(source, **hub)
     try:
-        if config and not values:
-            config = replace(config, **overrides)
-        else:
-            config = make_config(cls, state_dict, values, overrides)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the model itself warns, below
-            blank = cls(config)  # shapes only: nothing is allocated yet
-        weights = fit_weights(blank, convert_state_dict(state_dict), strict, replaced)
+        config = make_config(values, config, overrides)
+        weights = convert_state_dict(state_dict)
+        wants_new_head = ignore_mismatched_sizes or "num_labels" in overrides
+        if wants_new_head and len(weights.get("classifier.weight", ())) != config.num_labels:
+            weights = {name: x for name, x in weights.items() if not name.startswith("classifier.")}
+        if strict:
+            check_sizes(cls, config, state_dict, weights)
         model = cls(config)
-        model.load_state_dict(weights, strict=False)
+        load_weights(model, weights, strict)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source}: {error}") from error
     if dtype == "auto":
-        dtype = next(x.dtype for x in state_dict.values() if x.is_floating_point())
-    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+        dtype = str(next(x.dtype for x in weights.values() if x.is_floating_point()))
+    return model.to(getattr(torch, dtype.removeprefix("torch."))).eval()
 
 
-def fit_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool, replaced: tuple):
-    """The weights that a model uses. New and unused ones are logged; if strict, any outside a head
-    is an error. A head is used whole or not at all. replaced: prefixes of names whose shapes may
-    differ."""
-    expected = model.state_dict()
-    if not any(name.startswith("videomae.") for name in expected):  # the encoder alone
+def load_weights(model: nn.Module, weights: dict[str, Tensor], strict: bool):
+    """Load weights into a model. New and unused ones are logged; if strict, any outside a head is
+    an error. A head is used whole or not at all."""
+    initial = model.state_dict()
+    if not any(name.startswith("videomae.") for name in initial):  # the encoder alone
         weights = {name.removeprefix("videomae."): x for name, x in weights.items()}
 
     ours, theirs = ({head for head in HEADS if any(name.startswith(head) for name in names)}
-                    for names in (expected, weights))
-    new = tuple((ours - theirs) & {"classifier.", "fc_norm."})
-    reshaped = {name for name in expected.keys() & weights.keys() if name.startswith(replaced)
-                and expected[name].shape != weights[name].shape}
+                    for names in (initial, weights))
+    new, unused = (ours - theirs) & {"classifier.", "fc_norm."}, theirs - ours
+    reshaped = {name for name in initial.keys() & weights.keys()
+                if not strict and initial[name].shape != weights[name].shape}
     used = {name: x for name, x in weights.items()
-            if name not in reshaped and not name.startswith(tuple(theirs - ours))}
-    fresh = {name: x for name, x in expected.items() if name in reshaped or name.startswith(new)}
-    missing, unknown = model.load_state_dict(used | fresh, strict=strict, assign=True)
-
-    def by_head(names, everything):
-        """Replace all the weights of a head by its name, if all are among the names."""
-        whole = [head for head in HEADS
-                 if names >= {name for name in everything if name.startswith(head)}]
-        return sorted({next(filter(name.startswith, whole), name) for name in names})
-
-    new = by_head({*fresh, *missing}, expected)
-    unused = by_head({*(weights.keys() - used.keys()), *unknown}, weights)
+            if name not in reshaped and not name.startswith(tuple(unused))}
+    kept = {name: x for name, x in initial.items() if name.startswith(tuple(new))}
+    missing, unknown = model.load_state_dict(used | kept, strict=strict)
+    new, unused = sorted({*new, *missing}), sorted({*unused, *reshaped, *unknown})
     if new or unused:
         logger.warning(f"{type(model).__name__}: newly initialized: {new}, not used: {unused}")
-    return used
 
 
 def save_model(model: nn.Module, directory: str | os.PathLike):
     """Write config.json and model.safetensors as transformers does."""
+    for name, x in model.state_dict().items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{directory}: got {type(x).__name__} for {name}, expected a tensor; "
+                            "a quantized model cannot be saved")
     config, default = vars(model.config), vars(videomae.VideoMAEConfig())
     for name in ("position_embedding", "position_grid", "head_norm_eps"):
         if config[name] != default[name]:
@@ -432,14 +413,18 @@ def save_model(model: nn.Module, directory: str | os.PathLike):
 
 # ---- The command line ---------------------------------------------------------------------------
 
-def main(source: str, target: str | None = None, **options):
+def main(source: str, target: str | None = None, preset: str | None = None, **options):
     """Describe a checkpoint, check for NaN and inf, and write it to `target` for transformers."""
-    path = find(source, **{name: options[name] for name in HUB_OPTIONS & options.keys()})
+    known, hub = sort_options(videomae.VideoMAEConfig, options)
+    fields_from_json(videomae.VideoMAEConfig, known)  # raises for a value of the wrong type
+    path = find(source, **hub)
     names = convert_state_dict(read_checkpoint(path)[0])
     kinds = {"decoder.norm.weight": videomae.VideoMAEForPreTraining,
              "classifier.weight": videomae.VideoMAEForVideoClassification}
     cls = next((kind for name, kind in kinds.items() if name in names), videomae.VideoMAEModel)
-    model = cls.from_pretrained(source, **options)
+    if preset:  # says what the file is, not what to change
+        known = {"config": videomae.VideoMAEConfig.preset(preset, **known)}
+    model = cls.from_pretrained(path, **known)
     count = sum(x.numel() for x in model.parameters())
     print(f"{source}: {cls.__name__}, {count / 1e6:.2f} M parameters\n{model.config}")
     if broken := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
@@ -452,6 +437,14 @@ def main(source: str, target: str | None = None, **options):
         write_new(target, files)
 
 
+def parse(value: str):
+    """JSON, or else text as it is, such as base."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 if __name__ == "__main__":
     is_field = re.compile(r"\w+=").match  # a path may contain = later on
     paths = [text for text in sys.argv[1:] if not is_field(text)]
@@ -459,6 +452,6 @@ if __name__ == "__main__":
     if len(paths) not in (1, 2) or paths[0].startswith("-"):
         sys.exit(__doc__)
     try:
-        main(*paths, **{name: json.loads(value) for name, value in pairs})
+        main(*paths, **{name: parse(value) for name, value in pairs})
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"checkpoints.py: {error}")

@@ -7,12 +7,13 @@ import argparse
 import json
 import os
 import pickle
-import re
 import runpy
 import shutil
 import subprocess
 import sys
 import traceback
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,7 @@ import torch
 
 import checkpoints
 import videomae
-from checkpoints import (
-    config_to_json,
-    convert_state_dict,
-    infer_config,
-    published_state_dict,
-    write_atomic,
-    write_new,
-)
+from checkpoints import config_to_json, published_state_dict, write_atomic, write_new
 from processor import VideoMAEImageProcessor
 from test_videomae import GOLDEN, KINDS, SMALL, check_same, clip_and_mask
 from tests.helpers import hub_server
@@ -46,7 +40,6 @@ from videomae import (
 
 HERE = Path(__file__).parent.parent
 PRETRAIN, CLASSIFY = GOLDEN / "hf_pretrain_tiny", GOLDEN / "hf_classify_tiny"
-AUTHORS = {"image_size": 32, "num_frames": 8, "num_attention_heads": 3, "position_grid": None}
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +55,9 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def refused(message, source, cls=VideoMAEModel, **options):
-    """Check that loading raises an error that contains a message -> the text of the error."""
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
+def refused(pattern, source, cls=VideoMAEModel, **options):
+    """Check that loading raises an error that matches a pattern -> the text of the error."""
+    with pytest.raises((ValueError, TypeError), match=pattern) as error:
         cls.from_pretrained(source, **options)
     return str(error.value)
 
@@ -93,9 +86,9 @@ def test_transformers_to_ours_and_back_is_bit_exact(name, tmp_path):
     model.save_pretrained(saved)  # the same content is no conflict
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    with pytest.raises(ValueError, match="model.safetensors already exists with different content"):
+    with pytest.raises(ValueError, match="model.safetensors"):
         model.save_pretrained(saved)
-    refused("config.json: expected weights, such as model.safetensors", saved / "config.json")
+    refused("config.json.*model.safetensors", saved / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["VideoMAEModel", *(kind.__name__ for kind in KINDS.values())])
@@ -130,7 +123,7 @@ def test_transformers_loads_saved_models(kind, tmp_path):
         assert same_weights(again.state_dict(), ours.state_dict())
         assert again.config.id2label == labels
     next((tmp_path / "shards").glob("model-00002-*")).unlink()
-    refused("Missing key", tmp_path / "shards", getattr(videomae, kind))
+    refused("(?s)shards.*(Missing key|layers.* but)", tmp_path / "shards", getattr(videomae, kind))
 
     theirs.half().save_pretrained(tmp_path / "half")
     for options in ({"dtype": "auto"}, {"torch_dtype": torch.float16}, {"dtype": "float16"}):
@@ -188,7 +181,7 @@ def test_unused_and_new_weights_are_reported(caplog):
     model = VideoMAEForVideoClassification.from_pretrained(CLASSIFY, num_labels=9)
     assert len(caplog.messages) == 1 and "newly initialized: ['classifier.']" in caplog.text
     assert model.classifier.out_features == 9 and model.config.id2label[8] == "LABEL_8"
-    refused('Missing key(s) in state_dict: "decoder.mask_token"', CLASSIFY, VideoMAEForPreTraining)
+    refused("decoder.mask_token", CLASSIFY, VideoMAEForPreTraining, use_mean_pooling=True)
 
 
 def test_weights_that_do_not_fit_are_one_error_or_logged(tmp_path, caplog):
@@ -197,19 +190,19 @@ def test_weights_that_do_not_fit_are_one_error_or_logged(tmp_path, caplog):
     shutil.copy(PRETRAIN / "config.json", tmp_path)
     torch.save(weights, tmp_path / "pytorch_model.bin")
     load = VideoMAEForPreTraining.from_pretrained
-    model = load(tmp_path, ignore_mismatched_sizes=True)
+    model = load(tmp_path, strict=False)
     name = "decoder.norm.bias"
     assert caplog.messages[-1].endswith(f"newly initialized: ['{name}'], not used: ['{name}']")
+    refused(f"{tmp_path}(?s:.*){name}", tmp_path, VideoMAEForPreTraining,
+            ignore_mismatched_sizes=True)  # that is for classifiers
 
     weights["mask_tokens"] = weights.pop("mask_token")
     del weights["videomae.encoder.layer.1.attention.attention.v_bias"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    error = refused("Missing key", tmp_path, VideoMAEForPreTraining)
+    error = refused("Missing", tmp_path, VideoMAEForPreTraining)
     for part in (str(tmp_path), '"decoder.mask_token"', '1.attn.v_bias"',
-                 'Unexpected key(s) in state_dict: "decoder.mask_tokens"',
-                 "size mismatch for decoder.norm.bias", "[5]", "[32]"):
+                 '"decoder.mask_tokens"', "decoder.norm.bias", "[5]", "[32]"):
         assert part in error
-    refused("Missing key", tmp_path, VideoMAEForPreTraining, ignore_mismatched_sizes=True)
 
     model = load(tmp_path, strict=False)
     new = {"decoder.mask_token", "decoder.norm.bias", "videomae.encoder.blocks.1.attn.v_bias"}
@@ -232,10 +225,12 @@ def test_options_of_transformers(caplog):
         model = load(CLASSIFY, ignore_mismatched_sizes=True, **options)
         assert model.config.id2label == {0: "Punch", 1: "YoYo"}
         assert model.classifier.out_features == model.config.num_labels == 2
-    refused("id2label: got keys ['1', '2'], expected 0 to 1", CLASSIFY, id2label={1: "a", 2: "b"})
-    refused("dtype: got 'half16', expected one of float32", CLASSIFY, dtype="half16")
-    refused("config: got dict, expected videomae.Video", CLASSIFY, config={"num_labels": 3})
-    refused("num_labels: got 3, but id2label has 2", CLASSIFY, id2label=names, num_labels=3)
+    refused("id2label.*'1', '2'", CLASSIFY, id2label={1: "a", 2: "b"})
+    refused("dtype.*half16", CLASSIFY, dtype="half16")
+    refused("config.*dict.*VideoMAEConfig", CLASSIFY, config={"num_labels": 3})
+    refused("num_labels.*3.*id2label.*2", CLASSIFY, id2label=names, num_labels=3)
+    refused(f"{CLASSIFY}.*num_labels.*2.*5", CLASSIFY, VideoMAEForVideoClassification,
+            config=VideoMAEConfig(**SMALL, id2label=names))
 
     model = load(CLASSIFY, config=VideoMAEConfig(**SMALL, num_labels=5), hidden_act="relu",
                  low_cpu_mem_usage=True, attn_implementation="sdpa", local_files_only=True,
@@ -243,8 +238,7 @@ def test_options_of_transformers(caplog):
     assert model.config.hidden_act == "relu" and model.config.num_labels == 5
     for name in ("num_frame", "device_map", "quantization_config"):
         for cls in (VideoMAEModel, VideoMAEImageProcessor):
-            message = f"{cls.__name__}: got unknown options ['{name}']; see docs/transformers.md"
-            refused(message.replace("Model", "Config"), CLASSIFY, cls, **{name: 3})
+            refused(f"{name}.*docs/transformers.md", CLASSIFY, cls, **{name: 3})
     table = (HERE / "docs/transformers.md").read_text()
     assert "`device_map`" in table and "`quantization_config`" in table
 
@@ -260,22 +254,19 @@ def authors_file(path, weights, wrapper="model"):
     return path
 
 
-def golden_weights(name):
+def authors(name):
+    """-> golden inputs and outputs, the weights, and the config, which the file does not have."""
     golden = torch.load(GOLDEN / f"mcg_nju_{name}_tiny.pt", weights_only=True)
     (weights,) = golden["checkpoint"].values()
-    return golden, weights
+    fields = dict(head_norm_eps=1e-6, use_mean_pooling=name == "finetune")
+    return golden, weights, VideoMAEConfig(**fields | golden["config"])
 
 
 def test_authors_pretraining_file(tmp_path):
-    """All but the clip size and the number of heads is inferred from shapes."""
-    golden, weights = golden_weights("pretrain")
-    config = golden["config"]
-    known = {name: config[name] for name in
-             ("image_size", "num_frames", "num_attention_heads", "decoder_num_attention_heads")}
+    golden, weights, config = authors("pretrain")
     source = authors_file(tmp_path / "checkpoint.pth", weights)
-    model = VideoMAEForPreTraining.from_pretrained(source, **known, position_grid=None)
-    assert config.items() <= vars(model.config).items()
-    assert not model.config.use_mean_pooling and model.config.head_norm_eps == 1e-6
+    model = VideoMAEForPreTraining.from_pretrained(source, config=config)
+    assert model.config == config
     output = model(normalize(golden["frames"]), golden["bool_masked_pos"])
     check_same("authors' pretraining file", {
         "logits": (output.logits, golden["logits"]),
@@ -283,14 +274,7 @@ def test_authors_pretraining_file(tmp_path):
     })
     conv = published_state_dict(model)["videomae.embeddings.patch_embeddings.projection.weight"]
     assert torch.equal(conv, weights["encoder.patch_embed.proj.weight"])
-
-    # What shapes do not determine must be passed, but only for the modules that are loaded.
-    refused("position_grid: the grid changes from (8, 28, 28) to (8, 4, 4); pass (8, 28, 28)",
-            source, VideoMAEForPreTraining, **known)
-    refused("num_attention_heads: cannot be inferred from a width of 48; pass it", source)
-    del known["decoder_num_attention_heads"]
-    refused("decoder_num_attention_heads: cannot", source, VideoMAEForPreTraining, **known)
-    encoder = VideoMAEModel.from_pretrained(source, **known, position_grid=None)
+    encoder = VideoMAEModel.from_pretrained(source, config=config, decoder_hidden_size=64)
     assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
 
@@ -299,28 +283,77 @@ def test_authors_pretraining_file(tmp_path):
     ("model_state_dict", "base_model.model.backbone."), ("state_dict", "student.module."),
     ("model_ema", "model.model.")])
 def test_authors_classifier_in_wrappers(wrapper, prefix, tmp_path):
-    golden, weights = golden_weights("finetune")
+    golden, weights, config = authors("finetune")
     weights = {prefix + name: x for name, x in weights.items()}
     source = authors_file(tmp_path / "checkpoint.pth", weights, wrapper)
-    model = VideoMAEForVideoClassification.from_pretrained(source, **AUTHORS)
-    assert golden["config"].items() <= vars(model.config).items()
+    model = VideoMAEForVideoClassification.from_pretrained(source, config=config)
     logits = model(normalize(golden["frames"])).logits
     check_same("authors' classifier file", {"logits": (logits, golden["logits"])})
 
-    model.save_pretrained(tmp_path / "saved")
-    again = VideoMAEForVideoClassification.from_pretrained(tmp_path / "saved")
-    assert same_weights(again.state_dict(), model.state_dict())
-    assert again.config.head_norm_eps == 1e-6
+
+def test_a_config_is_asked_for_and_not_guessed(tmp_path):
+    """Neither a bare file nor another model's config.json says frames, size and heads."""
+    golden, weights, config = authors("finetune")
+    bare, v2 = authors_file(tmp_path / "bare.pth", weights), tmp_path / "v2"
+    v2.mkdir()
+    prefixed = {f"model.{name}": x for name, x in weights.items() if not name.startswith("head.")}
+    safetensors.save_file(prefixed, v2 / "model.safetensors")  # as in VideoMAE V2's on the hub
+    v2_config = {"model_type": "VideoMAEv2_Base", "model_config": {"img_size": 32, "num_heads": 3}}
+    (v2 / "config.json").write_text(json.dumps(v2_config))
+    for source in (bare, v2):
+        for options in ({}, dict(num_frames=8, image_size=32, num_attention_heads=3)):
+            error = refused(f"{source}.*VideoMAEConfig.preset.*preset=base", source, **options)
+            assert "num_frames" in error and ("no config.json" in error) == (source == bare)
+        model = VideoMAEForVideoClassification.from_pretrained(source, config=config)
+        encoded = model.videomae(normalize(golden["frames"])).last_hidden_state
+        features = model.fc_norm(encoded.mean(dim=1))
+        check_same(source.name, {"features": (features, golden["pooled_features"])})
+
+        # A size that the file does not say is whatever the caller says; no old grid is claimed.
+        model = VideoMAEModel.from_pretrained(source, config=config, num_frames=4)
+        assert model.config.grid == (2, 4, 4)
+
+
+def test_sizes_in_the_weights_must_be_the_config_s(tmp_path):
+    """An error names the file, the field, and both values, for every size that the shapes say."""
+    wrong = dict(num_channels=1, tubelet_size=1, patch_size=16, hidden_size=96,
+                 num_hidden_layers=2, intermediate_size=48)
+    _, weights, config = authors("pretrain")
+    pretrain = authors_file(tmp_path / "pretrain.pth", weights)
+    more = dict(decoder_hidden_size=64, decoder_num_hidden_layers=3, decoder_intermediate_size=32)
+    for field, value in (wrong | more).items():
+        pattern = f"pretrain.pth.*{field}.* {value},.* {getattr(config, field)}$"
+        refused(pattern, pretrain, VideoMAEForPreTraining, config=config, **{field: value})
+    small = VideoMAEConfig.preset("small", patch_size=8)
+    refused("hidden_size.* 384,.* 48$", pretrain, config=small)
+    for field, value in dict(hidden_size=96, num_hidden_layers=2).items():  # from a directory, too
+        refused(f"{PRETRAIN}.*{field}.* {value},", PRETRAIN, **{field: value})
+
+    _, weights, config = authors("finetune")
+    finetune = authors_file(tmp_path / "finetune.pth", weights)
+    load = VideoMAEForVideoClassification
+    refused("finetune.pth.*use_mean_pooling", finetune, load, config=config, use_mean_pooling=False)
+    seven = replace(config, num_labels=7, id2label=None)
+    refused("finetune.pth.*num_labels.* 7,.* 5$", finetune, load, config=seven)
+    model = load.from_pretrained(finetune, config=config, num_labels=7)  # asks for a new head
+    assert model.classifier.out_features == 7
+
+
+def test_the_presets_have_the_published_numbers_of_heads():
+    """Weights do not tell it, so that a wrong number would load."""
+    heads = {name: (config["num_attention_heads"], config["decoder_num_attention_heads"])
+             for name, config in videomae.PRESETS.items() if name not in ("tiny", "laptop")}
+    assert heads == dict(small=(6, 3), base=(12, 6), large=(16, 8), huge=(16, 8), giant=(16, 8))
 
 
 def test_the_model_is_preferred_to_its_ema_and_names_must_differ(tmp_path):
-    _, weights = golden_weights("finetune")
+    _, weights, config = authors("finetune")
     ema = {name: x + 1 for name, x in weights.items()}
     torch.save({"model_ema": ema, "model": weights}, tmp_path / "both.pth")
     read, _ = checkpoints.read_checkpoint(tmp_path / "both.pth")
     assert same_weights(read, weights)
     torch.save({**weights, "module.head.bias": weights["head.bias"]}, tmp_path / "twice.pth")
-    refused("two weights map to classifier.bias", tmp_path / "twice.pth", **AUTHORS)
+    refused("twice.pth.*classifier.bias", tmp_path / "twice.pth", config=config)
 
 
 @pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification])
@@ -334,67 +367,43 @@ def test_own_weights(cls, tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     safetensors.save_file(model.state_dict(), tmp_path / "checkpoint-500/model.safetensors")
     for name in ("weights.pt", "state.pt", "checkpoint-500"):
-        refused("config: cannot be inferred from these weights", tmp_path / name, cls)
+        refused(f"{name}.*config=", tmp_path / name, cls)
         again = cls.from_pretrained(tmp_path / name, config=config, drop_path_rate=0.1)
-        assert again.config.drop_path_rate == 0.1
-        again = cls.from_pretrained(tmp_path / name, config=config)
-        assert again.config == config and same_weights(again.state_dict(), model.state_dict())
+        assert again.config == replace(config, drop_path_rate=0.1)
+        assert same_weights(again.state_dict(), model.state_dict())
     encoder = VideoMAEModel.from_pretrained(tmp_path / "state.pt", config=config)
     assert same_weights(encoder.state_dict(), model.videomae.state_dict())
 
 
-@pytest.mark.parametrize("name", ["small", "base", "large", "huge", "giant"])
-def test_sizes_of_videomae_v2_are_inferred(name):
-    """The shapes of every published size, on the meta device, with the names in V2's files."""
-    preset = VideoMAEConfig.preset(name)
-    width, hidden, size = preset.hidden_size, preset.intermediate_size, preset.patch_size
-    block = {
-        "norm1.weight": (width,), "norm1.bias": (width,),
-        "attn.q_bias": (width,), "attn.v_bias": (width,), "attn.qkv.weight": (3 * width, width),
-        "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-        "norm2.weight": (width,), "norm2.bias": (width,),
-        "mlp.fc1.weight": (hidden, width), "mlp.fc1.bias": (hidden,),
-        "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,),
-    }
-    shapes = {
-        "patch_embed.proj.weight": (width, 3, 2, size, size), "patch_embed.proj.bias": (width,),
-        "fc_norm.weight": (width,), "fc_norm.bias": (width,),
-        "head.weight": (710, width), "head.bias": (710,),
-    } | {f"blocks.{i}.{key}": shape for i in range(preset.num_hidden_layers)
-         for key, shape in block.items()}
-    weights = {f"model.{key}": torch.empty(x, device="meta") for key, x in shapes.items()}
-    config = VideoMAEConfig(**infer_config(weights))
-    expected = dict(small=(384, 12, 6, 1536, 16), base=(768, 12, 12, 3072, 16),
-                    large=(1024, 24, 16, 4096, 16), huge=(1280, 32, 16, 5120, 16),
-                    giant=(1408, 40, 16, 6144, 14))[name]
-    for sizes in (config, preset):
-        assert (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads,
-                sizes.intermediate_size, sizes.patch_size) == expected
-    assert config.num_labels == 710 and config.use_mean_pooling
-    with torch.device("meta"):
-        model = VideoMAEForVideoClassification(config)
-    converted = {key: x.shape for key, x in convert_state_dict(weights).items()}
-    assert converted == {key: x.shape for key, x in model.state_dict().items()}
+def test_fields_that_would_change_the_outputs_are_refused(tmp_path):
+    shutil.copytree(CLASSIFY, tmp_path, dirs_exist_ok=True)
+    values = read_json(CLASSIFY / "config.json")
+    for field, value in (
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("pruned_heads", {"0": [1]}),
+        ("hidden_act", "silu"),
+        ("problem_type", "multi_label_classification"),
+        ("id2label", {"0": "score"}),  # regression
+        ("patch_size", [8, 8]),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | {field: value}))
+        name = "num_labels" if field == "id2label" else field
+        assert str(tmp_path) in refused(name, tmp_path)
+    harmless = dict(quantization_config=None, pruned_heads={}, is_decoder=True,
+                    add_cross_attention=True, chunk_size_feed_forward=1, torch_dtype="float16")
+    (tmp_path / "config.json").write_text(json.dumps(values | harmless))
+    extra = VideoMAEModel.from_pretrained(tmp_path).config.extra
+    assert harmless.items() <= extra.items()
 
 
-def test_videomae_v2_directory_of_the_hub(tmp_path):
-    """It has its own kind of config.json, a "model." prefix on every name, and no head."""
-    golden, weights = golden_weights("finetune")
-    weights = {f"model.{name}": x for name, x in weights.items() if not name.startswith("head.")}
-    config = {"img_size": 32, "num_frames": 8, "num_heads": 3}
-    config = {"model_type": "VideoMAEv2_Base", "model_config": config}
-    safetensors.save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = VideoMAEForVideoClassification.from_pretrained(tmp_path)
-    encoded = model.videomae(normalize(golden["frames"])).last_hidden_state
-    features = model.fc_norm(encoded.mean(dim=1))
-    check_same("VideoMAE V2's directory", {"features": (features, golden["pooled_features"])})
-    model.save_pretrained(tmp_path / "saved")
-    assert VideoMAEModel.from_pretrained(tmp_path / "saved").config.extra.get("extra") is None
-
-    weights["model.blocks.0.attn.scale"] = torch.ones(3, 1, 1)
-    safetensors.save_file(weights, tmp_path / "model.safetensors")
-    assert "blocks.0.attn.scale" in refused("Unexpected key", tmp_path)
+def test_a_quantized_model_is_not_saved(tmp_path):
+    model = VideoMAEModel(VideoMAEConfig(**SMALL))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    with pytest.raises(TypeError, match="encoder.patch_embed._packed_params"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,7 +414,8 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     """Positions are recomputed or interpolated, as the caller asks; neither is chosen silently."""
     larger = dict(num_frames=12, image_size=(64, 32))  # from 8 frames of 32 x 32
     for options in (larger, dict(config=VideoMAEConfig(**SMALL | larger, use_mean_pooling=False))):
-        refused("grid changes from (4, 4, 4) to (6, 8, 4)", PRETRAIN, **options)
+        error = refused(r"position_grid.*\(4, 4, 4\).*\(6, 8, 4\)", PRETRAIN, **options)
+        assert str(PRETRAIN) in error and "num_frames=8" in error and "image_size=32" in error
     new = VideoMAEModel.from_pretrained(PRETRAIN, **larger, position_grid=None)
     table = position_table(VideoMAEConfig(**SMALL | larger), 48)
     assert torch.equal(new.encoder.positions, table)
@@ -427,7 +437,8 @@ def test_clips_of_another_length_or_size(tmp_path, caplog):
     assert "transformers ignores position_grid=(4, 4, 4)" in caplog.text
     again = VideoMAEForPreTraining.from_pretrained(tmp_path)
     assert torch.equal(again.videomae.encoder.positions, model.videomae.encoder.positions)
-    refused("pass (4, 4, 4) to interpolate", tmp_path, num_frames=16)
+    same = VideoMAEConfig(**SMALL | larger, use_mean_pooling=False)  # but not interpolated
+    refused(r"position_grid.*\(4, 4, 4\).*\(6, 8, 4\)", tmp_path, config=same)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,65 +456,60 @@ class Bomb:
 
 
 def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
-    _, weights = golden_weights("pretrain")
+    _, weights, config = authors("pretrain")
     good = authors_file(tmp_path / "good.pth", weights).read_bytes()
     tensors = (PRETRAIN / "model.safetensors").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # one bit, somewhere in the weights
     bomb = Bomb(tmp_path / "executed")
-    damaged = "missing, damaged, or not plain data"
-    cases = {
-        "empty.pth": (b"", damaged),
-        "truncated.pth": (good[: len(good) // 2], damaged),
-        "flipped.pth": (bytes(flipped), "BadZipFile"),
-        "text.pth": (b"<html>404 not found</html>", damaged),
-        "code.pth": (pickle.dumps({"model": bomb}, 2), "contains posix.system,"),
-        "zipped code.pth": ({"model": {"weight": bomb}}, "contains posix.system,"),
-        "path.pth": ({"model": weights, "args": tmp_path}, "contains pathlib.PosixPath,"),
-        "number.pth": ({"model": weights, "best": np.float64(1)}, "multiarray.scalar, which is"),
-        "whole model.pth": (torch.nn.Linear(1, 1), "contains torch.nn.modules.linear.Linear"),
-        "list.pth": ([torch.zeros(2)], damaged),
-        "no weights.pth": ({"epoch": 3, "model": {}}, "expected weights, got only []"),
-        "epoch.pth": ({"epoch": 3, "loss": 2.5}, "expected weights, got only ['epoch', 'loss']"),
-        "other.pth": ({"conv.weight": torch.zeros(2)}, "VideoMAE weights, got ['conv.weight']"),
-        "truncated.safetensors": (tensors[: len(tensors) // 2], damaged),
-        "text.safetensors": (b"not tensors", damaged),
+    cases = {  # name: (content, what the error says of it)
+        "empty.pth": (b"", "damaged"),
+        "truncated.pth": (good[: len(good) // 2], "damaged"),
+        "flipped.pth": (bytes(flipped), "damaged"),
+        "text.pth": (b"<html>404 not found</html>", "damaged"),
+        "code.pth": (pickle.dumps({"model": bomb}, 2), "posix.system"),
+        "zipped code.pth": ({"model": {"weight": bomb}}, "posix.system"),
+        "path.pth": ({"model": weights, "args": tmp_path}, "pathlib.PosixPath"),
+        "number.pth": ({"model": weights, "best": np.float64(1)}, "multiarray.scalar"),
+        "whole model.pth": (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        "list.pth": ([torch.zeros(2)], "damaged"),
+        "no weights.pth": ({"epoch": 3, "model": {}}, r"weights.*\[\]"),
+        "epoch.pth": ({"epoch": 3, "loss": 2.5}, "weights.*'epoch', 'loss'"),
+        "other.pth": ({"conv.weight": torch.zeros(2)}, "weights.*conv.weight"),
+        "truncated.safetensors": (tensors[: len(tensors) // 2], "damaged"),
+        "text.safetensors": (b"not tensors", "damaged"),
     }
-    for name, (content, message) in cases.items():
+    for name, (content, pattern) in cases.items():
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         else:
             torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
-            VideoMAEForPreTraining.from_pretrained(tmp_path / name)
-        assert name in str(error.value)
+        with pytest.raises(ValueError, match=f"{name}.*{pattern}") as error:
+            VideoMAEForPreTraining.from_pretrained(tmp_path / name, config=config)
         shown = "".join(traceback.format_exception(error.value))
         assert "weights_only=False" not in shown, "no advice to execute the file"
     assert not (tmp_path / "executed").exists()
 
 
 def test_incomplete_directories_are_refused(tmp_path):
-    refused(f"{tmp_path}/nowhere.pth: not a local path, and not found on the Hugging Face Hub",
-            tmp_path / "nowhere.pth")
-    damaged = "missing, damaged, or not plain data"
-    refused(f"preprocessor_config.json: {damaged} (FileNotFoundError)", tmp_path,
-            VideoMAEImageProcessor)
+    refused(f"{tmp_path}/nowhere.pth.*Hub", tmp_path / "nowhere.pth")
+    refused("preprocessor_config.json.*FileNotFound", tmp_path, VideoMAEImageProcessor)
     config = tmp_path / "config.json"
     shutil.copy(PRETRAIN / "config.json", config)
-    refused(f"{tmp_path}: expected weights, such as model.safetensors or model-*-of-*", tmp_path)
+    refused(f"{tmp_path}.*model.safetensors", tmp_path)
     shutil.copy(PRETRAIN / "model.safetensors", tmp_path)
-    refused(f"{damaged} (NotADirectoryError)", tmp_path / "model.safetensors",
+    refused("model.safetensors.*NotADirectory", tmp_path / "model.safetensors",
             VideoMAEImageProcessor)
     values = read_json(config)
-    for text, message in (
-        ("{", f"config.json: {damaged} (JSONDecodeError)"),
-        ("[1]", f"config.json: {damaged} (TypeError)"),
-        ('{"model_type": "vit"}', "model_type: got 'vit', expected 'videomae'"),
-        (json.dumps(values | {"id2label": {"1": "a", "2": "b"}}), "id2label: got keys ['1', '2']"),
-        (json.dumps(values | {"num_frames": "many"}), "num_frames: got 'many', expected"),
+    for text, pattern in (
+        ("{", "config.json.*JSON"),
+        ("[1]", "config.json.*TypeError"),
+        ('{"model_type": "vit"}', "config.*vit"),
+        (json.dumps(values | {"id2label": {"1": "a", "2": "b"}}), "id2label.*'1', '2'"),
+        (json.dumps(values | {"num_frames": "many"}), "num_frames.*'many'"),
     ):
         config.write_text(text)
-        assert str(tmp_path) in refused(message, tmp_path)
+        assert str(tmp_path) in refused(pattern, tmp_path)
     config.write_text(json.dumps(values | {"id2label": ["a", "b"]}))
     assert VideoMAEModel.from_pretrained(tmp_path).config.id2label == {0: "a", 1: "b"}
 
@@ -522,14 +528,14 @@ def test_a_write_is_atomic(tmp_path):
     write_atomic(target, lambda file: file.write(b"new"))
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
 
-    with pytest.raises(ValueError, match="directory: .*model.pt already exists"):
+    with pytest.raises(ValueError, match="model.pt"):
         write_new(tmp_path, {"first.json": b"{}", "model.pt": b"newer"})
     assert target.read_bytes() == b"new" and list(tmp_path.iterdir()) == [target]
     write_new(tmp_path / "new", {"first.json": b"{}"})
     assert (tmp_path / "new/first.json").read_bytes() == b"{}"
 
     model = VideoMAEModel(VideoMAEConfig(**SMALL, hidden_act=torch.tanh))
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match="builtin_function"):
         model.save_pretrained(tmp_path / "function")
     assert not (tmp_path / "function").exists()
 
@@ -548,12 +554,11 @@ def run_script(monkeypatch, *arguments):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    golden, weights = golden_weights("pretrain")
+    golden, weights, config = authors("pretrain")
     good, new = authors_file(tmp_path / "good.pth", weights), tmp_path / "new"
-    known = {"num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32,
-             "position_grid": None}
+    known = golden["config"] | {"position_embedding": "sinusoid"}
     pairs = [f"{name}={json.dumps(x)}" for name, x in known.items()]
-    assert run_script(monkeypatch, good, new, *pairs) is None
+    assert run_script(monkeypatch, good, new, "preset=tiny", *pairs) is None
     assert sorted(file.name for file in new.iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json"]
     model = VideoMAEForPreTraining.from_pretrained(new)
@@ -563,21 +568,27 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert tuple(processor.image_mean) == IMAGENET_MEAN
     assert processor.crop_size == {"height": 32, "width": 32}
     assert "python checkpoints.py SOURCE TARGET" in run_script(monkeypatch, "--help")
-    message = run_script(monkeypatch, tmp_path / "nowhere.pth")
-    assert message.startswith(f"checkpoints.py: {tmp_path}/nowhere.pth: not a local path")
+    assert f"{tmp_path}/nowhere.pth" in run_script(monkeypatch, tmp_path / "nowhere.pth")
+    assert "preset=base" in run_script(monkeypatch, good, tmp_path / "other")
+    assert "nano" in run_script(monkeypatch, good, "preset=nano")
 
     for name, kind in KINDS.items():
         checkpoints.main(GOLDEN / name)
         output = capsys.readouterr().out
         assert kind.__name__ in output and "hidden_size=48" in output
+    classifier = authors_file(tmp_path / "finetuned.pth", authors("finetune")[1])
     broken = safetensors.load_file(new / "model.safetensors")
     broken["mask_token"][0, 0, 0] = float("nan")
     safetensors.save_file(broken, new / "model.safetensors")
     for paths, fields, message in [
         ([new], {}, "not finite: decoder.mask_token"),
         ([new, tmp_path / "newer"], {}, "not finite: decoder.mask_token"),
-        ([good], known | {"image_sise": 32}, r"unknown options \['image_sise'\]"),
-        ([good, new], known, "already exists"),
+        ([new], {"image_sise": 32}, "image_sise"),
+        ([new], {"image_size": "abc"}, "image_size.*'abc'"),
+        ([good, new, "tiny"], known, "new/model.safetensors"),
+        ([classifier, None, "tiny"], known | {"num_labels": 5}, "use_mean_pooling"),
+        ([classifier, None, "tiny"], known | dict(num_labels=7, use_mean_pooling=True),
+         "num_labels.* 7,.* 5$"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             checkpoints.main(*paths, **fields)
@@ -620,7 +631,7 @@ for options in ({{}}, {{"local_files_only": True}}):
         model = VideoMAEModel.from_pretrained(f"someone/{{name}}", **place)
         assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
         assert VideoMAEImageProcessor.from_pretrained(f"someone/{{name}}", **place) == processor
-    with pytest.raises(ValueError, match="someone/other: not a local path, and not found on the"):
+    with pytest.raises(ValueError, match="someone/other"):
         VideoMAEModel.from_pretrained("someone/other", cache_dir="cache", **options)
 """
     with hub_server(tmp_path / "hub") as env:  # a process, as the environment is read on import
@@ -633,7 +644,7 @@ for options in ({{}}, {{"local_files_only": True}}):
 
 def test_a_missing_huggingface_hub_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "huggingface_hub" in refused("someone/tiny: not a local path", "someone/tiny")
+    refused("someone/tiny.*huggingface_hub", "someone/tiny")
 
 
 @pytest.mark.hub
@@ -688,7 +699,7 @@ videomae.VideoMAEForPreTraining(config)(torch.randn(2, 8, 3, 32, 32), mask).loss
 try:
     videomae.VideoMAEModel.from_pretrained("MCG-NJU/videomae-base")
 except ImportError as error:
-    assert "checkpoints.py beside videomae.py" in str(error)
+    assert "checkpoints" in str(error)
 else:
     raise AssertionError
 

@@ -35,9 +35,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     shutil.copytree(GOLDEN / "hf_pretrain_tiny", folder / "model")
     golden = torch.load(GOLDEN / "mcg_nju_pretrain_tiny.pt", weights_only=True)
-    fields = {name: golden["config"][name]
-              for name in ("num_frames", "image_size", "num_attention_heads",
-                           "decoder_num_attention_heads")} | {"position_grid": None}
+    config = VideoMAEConfig(**golden["config"], use_mean_pooling=False)
     torch.save(golden["checkpoint"], folder / "new.pth")
     torch.save(golden["checkpoint"], folder / "old.pth", _use_new_zipfile_serialization=False)
     frames = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
@@ -48,7 +46,7 @@ def sources(tmp_path_factory):
         run(VideoMAEForPreTraining.from_pretrained(path.parent))
 
     def authors_file(path):
-        run(VideoMAEForPreTraining.from_pretrained(path, **fields))
+        run(VideoMAEForPreTraining.from_pretrained(path, config=config))
 
     def processor(path):
         processor = VideoMAEImageProcessor.from_pretrained(path.parent)
@@ -83,7 +81,8 @@ def run(model):
 def mutate(content: bytes, is_json: bool, rng: random.Random) -> bytes:
     if is_json and rng.random() < 0.7:
         values = json.loads(content)
-        names = [*values, "num_labels", "qv_bias", "position_grid", "layer_norm_eps", "extra"]
+        names = [*values, "num_labels", "qv_bias", "position_grid", "layer_norm_eps", "extra",
+                 "pruned_heads", "do_pad", "image_processor_type"]
         for _ in range(rng.choice((1, 1, 2))):
             values[rng.choice(names)] = rng.choice(ODD_VALUES)
         return json.dumps(values).encode()
