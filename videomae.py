@@ -745,8 +745,9 @@ class Recorder:
         if self.output_attentions:
             fields["attentions"] = tuple(self.attentions)
         fields = {name: x for name, x in fields.items() if x is not None}
-        kind = OUTPUT_TYPES[(*fields,)]._make if self.return_dict is not False else tuple
-        return kind(fields.values())
+        if self.return_dict is False:
+            return tuple(fields.values())
+        return OUTPUT_TYPES[(*fields,)](**fields)
 
 
 def twin(module: nn.Module) -> nn.Module:
