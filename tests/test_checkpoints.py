@@ -469,7 +469,7 @@ def test_bad_files_are_refused_by_name_and_never_executed(tmp_path):
         "text.pth": (b"<html>404 not found</html>", "damaged"),
         "code.pth": (pickle.dumps({"model": bomb}, 2), "posix.system"),
         "zipped code.pth": ({"model": {"weight": bomb}}, "posix.system"),
-        "path.pth": ({"model": weights, "args": tmp_path}, "pathlib.PosixPath"),
+        "path.pth": ({"model": weights, "args": tmp_path}, "PosixPath"),
         "number.pth": ({"model": weights, "best": np.float64(1)}, "multiarray.scalar"),
         "whole model.pth": (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         "list.pth": ([torch.zeros(2)], "damaged"),

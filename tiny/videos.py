@@ -26,6 +26,8 @@ from tiny.folders import SUFFIXES, Video, find_videos, split_videos
 from videomae import VideoMAEConfig, frame_indices, normalize, preprocess
 
 COVER_ART = av.stream.Disposition.attached_pic
+# Damaged tags do no harm. PyAV 19 and later need not be told.
+OPEN = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 print_once = functools.cache(print)
 
 
@@ -146,7 +148,7 @@ def open_video(file: Path):
     if not os.path.exists(file):
         raise ValueError(f"{file}: no such file")
     try:
-        with av.open(str(file), metadata_errors="ignore") as container:  # tags may be damaged
+        with av.open(str(file), **OPEN) as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context or stream.disposition & COVER_ART:
                 raise ValueError(f"{file}: got no video stream that can be decoded")
