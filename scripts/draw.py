@@ -64,22 +64,26 @@ def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
 
 def draw_curve(axis, results: dict):
     """Accuracy against minutes of pretraining: the mean over seeds, and its 95 % interval."""
+    def half(values):
+        return T95[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+
+    minutes, scratch = results["minutes"], results["from scratch"]
     for way in ("fine-tuned", "linear probe"):
-        minutes, values = results["minutes"], np.array(list(results[way].values()))
-        half = [T95[len(x) - 2] * np.std(x, ddof=1) / len(x) ** 0.5 for x in values]
-        axis.errorbar(minutes, values.mean(axis=1), half, color=COLOURS[way], marker="o",
-                      capsize=4, label=f"pretrained, {way}")
-    scratch = results["from scratch"]
-    half = T95[len(scratch) - 2] * np.std(scratch, ddof=1) / len(scratch) ** 0.5
-    axis.axhline(np.mean(scratch), color=COLOURS["from scratch"], label="from scratch")
-    axis.axhspan(np.mean(scratch) - half, np.mean(scratch) + half, color="#dddddd")
-    axis.axhline(results["chance"], color="black", linestyle="--", linewidth=1, label="chance")
+        runs = results[way].values()
+        mean, halves = [np.mean(values) for values in runs], [half(values) for values in runs]
+        axis.errorbar(minutes, mean, halves, color=COLOURS[way], marker="o", capsize=4)
+        axis.text(minutes[1], mean[1] - halves[1] - 7, f"pretrained, {way}", color=COLOURS[way])
+    low, high = np.mean(scratch) - half(scratch), np.mean(scratch) + half(scratch)
+    axis.axhspan(low, high, color="#dddddd")
+    axis.axhline(np.mean(scratch), color=COLOURS["from scratch"])
+    axis.text(minutes[0], high - 4, "from scratch", color="#555555")
+    axis.axhline(results["chance"], color="black", linestyle="--", linewidth=1)
+    axis.text(minutes[0], results["chance"] + 2, "chance")
     axis.set(xlabel="minutes of pretraining without labels", ylim=(0, 100), xscale="log")
     axis.set_xticks(minutes, [f"{x:g}" for x in minutes])
     axis.minorticks_off()
     axis.set_title(f"Accuracy with one label per class, %\n({len(scratch)} seeds, 95 % intervals)",
                    fontsize=12)
-    axis.legend(loc="lower right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
 
 
