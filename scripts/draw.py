@@ -76,7 +76,7 @@ def draw_curve(axis, results: dict):
     low, high = np.mean(scratch) - half(scratch), np.mean(scratch) + half(scratch)
     axis.axhspan(low, high, color="#dddddd")
     axis.axhline(np.mean(scratch), color=COLOURS["from scratch"])
-    axis.text(minutes[0], high - 4, "from scratch", color="#555555")
+    axis.text(minutes[0], high + 1.5, "from scratch", color="#555555")
     axis.axhline(results["chance"], color="black", linestyle="--", linewidth=1)
     axis.text(minutes[0], results["chance"] + 2, "chance")
     axis.set(xlabel="minutes of pretraining without labels", ylim=(0, 100), xscale="log")
