@@ -425,9 +425,9 @@ def make_config(recipe: Recipe) -> VideoMAEConfig:
         before = json.loads(Path(recipe.extend, "results.json").read_text())["recipe"]
         later = ("name", "extend", "pretrain_steps", "save_every")
         for name, value in asdict(recipe).items():
-            if before[name] != value and name not in later:
+            if before.get(name) != value and name not in later:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected "
-                                 f"{before[name]}, as in {recipe.extend}")
+                                 f"{before.get(name)}, as in {recipe.extend}")
     for batch in (recipe.pretrain_batch, recipe.finetune_batch):
         if batch % processes()[1]:
             raise ValueError(f"--pretrain-batch, --finetune-batch: got {batch}, expected a "
