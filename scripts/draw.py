@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny.report import T95, draw_panels  # noqa: E402
+from tiny.report import draw_panels, half_interval  # noqa: E402
 from tiny.synthetic import TEST_SEED, SyntheticClips  # noqa: E402
 from videomae import VideoMAEForPreTraining, random_mask  # noqa: E402
 
@@ -64,16 +64,14 @@ def draw_still(axes, model: VideoMAEForPreTraining, clip: torch.Tensor):
 
 def draw_curve(axis, results: dict):
     """Accuracy against minutes of pretraining: the mean over seeds, and its 95 % interval."""
-    def half(values):
-        return T95[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
-
     minutes, scratch = results["minutes"], results["from scratch"]
     for way in ("fine-tuned", "linear probe"):
         runs = results[way].values()
-        mean, halves = [np.mean(values) for values in runs], [half(values) for values in runs]
+        mean = [np.mean(values) for values in runs]
+        halves = [half_interval(values) for values in runs]
         axis.errorbar(minutes, mean, halves, color=COLOURS[way], marker="o", capsize=4)
         axis.text(minutes[1], mean[1] - halves[1] - 7, f"pretrained, {way}", color=COLOURS[way])
-    low, high = np.mean(scratch) - half(scratch), np.mean(scratch) + half(scratch)
+    low, high = (np.mean(scratch) + sign * half_interval(scratch) for sign in (-1, 1))
     axis.axhspan(low, high, color="#dddddd")
     axis.axhline(np.mean(scratch), color=COLOURS["from scratch"])
     axis.text(minutes[0], high + 1.5, "from scratch", color="#555555")

@@ -13,7 +13,8 @@ from processor import BatchFeature, VideoMAEImageProcessor
 from test_videomae import GOLDEN
 from videomae import IMAGENET_MEAN, IMAGENET_STD
 
-Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+PIL = pytest.importorskip("PIL", reason="Pillow is not installed")
+Image = pytest.importorskip("PIL.Image")
 RNG = np.random.default_rng(0)
 FIRST = RNG.integers(0, 256, (4, 3, 40, 50), dtype=np.uint8)  # (T, C, H, W)
 LAST = np.ascontiguousarray(FIRST.transpose(0, 2, 3, 1))
@@ -43,8 +44,9 @@ def pixels(videos, **options):
     dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1] * 3),
 ], ids=lambda fields: ",".join(fields) or "defaults")
 def test_processor_equals_pillow(fields):
-    """Within one 8-bit level of transformers' Pillow processor, and 0.2 levels on average (0.01 up
-    to torch 2.13 and Pillow 12; the next releases round more pixels differently)."""
+    """Within one 8-bit level of transformers' Pillow processor, and 0.01 levels on average. Pillow
+    13 rounds more pixels to the other side: 0.2 levels."""
+    on_average = 0.01 if int(PIL.__version__.split(".")[0]) < 13 else 0.2
     theirs, ours = their_processor(**fields), VideoMAEImageProcessor(**fields)
     level = np.array(1.0)  # one 8-bit level in the units of the result
     if ours.do_rescale:
@@ -57,7 +59,7 @@ def test_processor_equals_pillow(fields):
         expected, got = (np.asarray(process(video, return_tensors="np")["pixel_values"], float)
                          for process in (theirs, ours))
         difference = np.abs(got - expected) / level
-        assert difference.max() < 1.01 and difference.mean() < 0.2, (height, width)
+        assert difference.max() < 1.01 and difference.mean() < on_average, (height, width)
 
 
 def test_every_kind_of_video():

@@ -214,6 +214,7 @@ def test_the_table_has_a_row_per_method_and_intervals_over_seeds():
         ["| majority class (chance)", ""],
     ]
     assert report.paired([7.0, 8.0, 9.0], [1.0, 1.0, 1.0]) == "+7.0 [4.5, 9.5]"
+    assert report.paired(range(11), [0.0] * 11).startswith("+5.0 ["), "more than ten seeds"
     runs[1]["recipe"]["labels_per_class"] = 5
     with pytest.raises(ValueError, match="2 and 5 labels"):
         report.table(runs)
